@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Float32 parameters out of a training run, and into a fresh one."""
+
+from typing import Any
+import warnings
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_mp.formats import _tree
+from optax_mp.wrappers import _compensated
+
+
+def to_float32(params: optax.Params, state: optax.OptState) -> optax.Params:
+  """The float32 parameters that 16-bit ones and their residuals stand for.
+
+  Args:
+    params: the parameters in training.
+    state: the optimizer state; ``compensated`` may be anywhere inside it, also
+      under ``optax.masked`` and ``optax.partition``.
+
+  Returns:
+    A tree like ``params``, 16-bit leaves as float32: bit for bit the master
+    weights where the residual has 16 bits, within 2^-15 of them where it has 8,
+    the parameter itself where there is none.
+
+  Raises:
+    ValueError: if the residuals do not fit ``params``.
+
+  Examples:
+    >>> import jax.numpy as jnp, optax, optax_mp
+    >>> params = jnp.ones((), jnp.bfloat16)
+    >>> tx = optax_mp.compensated(optax.sgd(1e-3))
+    >>> updates, state = tx.update(params, tx.init(params), params)
+    >>> params = optax.apply_updates(params, updates)
+    >>> print(params, optax_mp.checkpoint.to_float32(params, state))
+    1 0.999
+  """
+  leaves, treedef = jax.tree.flatten(params)
+  residuals = _residuals(treedef, state)
+  return treedef.unflatten(
+    _compensated.join(leaf, residual)
+    for leaf, residual in zip(leaves, residuals, strict=True)
+  )
+
+
+def from_float32(
+  tx: optax.GradientTransformation,
+  params32: optax.Params,
+  dtype: Any = jnp.bfloat16,
+) -> tuple[optax.Params, optax.OptState]:
+  """Starts training from a float32 checkpoint without losing its low bits.
+
+  ``tx.init(params)`` sees 16-bit parameters and can only start from residuals
+  of zero. Here each float32 weight w is cut as in training, ``params,
+  residual = split(w)``, and the inner state is initialized from w itself.
+
+  Args:
+    tx: a transformation with ``compensated`` in it.
+    params32: float32 parameters.
+    dtype: the dtype of the 16-bit parameters, or a tree like ``params32`` of
+      dtypes, arrays or ShapeDtypeStructs, float32 where a leaf shall stay so.
+
+  Returns:
+    ``(params, state)``, to train on with ``tx``. ``to_float32(params, state)``
+    gives ``params32`` back, bit for bit with 16 residual bits.
+
+  Raises:
+    ValueError: if a leaf that shall have 16 bits is in no ``compensated``.
+
+  Examples:
+    >>> import jax.numpy as jnp, optax, optax_mp
+    >>> weights = {'w': jnp.array([0.1, 0.2])}
+    >>> tx = optax_mp.compensated(optax.sgd(1e-3))
+    >>> params, state = optax_mp.checkpoint.from_float32(tx, weights)
+    >>> print(params['w'], optax_mp.checkpoint.to_float32(params, state)['w'])
+    [0.100098 0.200195] [0.1 0.2]
+  """
+  dtypes = _dtypes(params32, dtype)
+  build = jax.jit(lambda params32: _start(tx, params32, dtypes))
+  return build(params32)
+
+
+def _start(tx: Any, params32: Any, dtypes: list[Any]) -> tuple[Any, Any]:
+  """Parameters and state, from float32 weights and the dtypes they get."""
+  leaves, treedef = jax.tree.flatten(params32)
+  narrow = [x.astype(dtype) for x, dtype in zip(leaves, dtypes, strict=True)]
+  state = tx.init(treedef.unflatten(narrow))
+  with warnings.catch_warnings():  # float32 parameters: that is the point here
+    warnings.simplefilter('ignore', UserWarning)
+    state32 = tx.init(params32)
+
+  residuals = _residuals(treedef, state)
+  paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params32)]
+  pairs = [
+    _cut(path, x, dtype, residual)
+    for path, x, dtype, residual in zip(
+      paths, leaves, dtypes, residuals, strict=True
+    )
+  ]
+  new = treedef.unflatten(residual for _, residual in pairs)
+
+  def merge(node, node32):
+    if not _is_compensated(node):
+      return node
+    residual = jax.tree.map(
+      lambda old, new: old if _is_empty(old) else new,
+      node.residual,
+      new,
+      is_leaf=_is_empty,
+    )
+    return node._replace(inner_state=node32.inner_state, residual=residual)
+
+  state = jax.tree.map(merge, state, state32, is_leaf=_is_compensated)
+  return treedef.unflatten(param for param, _ in pairs), state
+
+
+def _cut(path: Any, x: chex.Array, dtype: Any, residual: Any):
+  """One float32 leaf -> (parameter, residual), rounded to nearest."""
+  if x.dtype == dtype:
+    return x, residual
+  if isinstance(residual, optax.MaskedNode):
+    raise ValueError(
+      f'`params32` has a leaf {_tree.path_str(path)!r} that no `compensated` '
+      f'in `tx` looks after; got {jnp.dtype(dtype)} for it, which would lose '
+      'its low bits. Ask for float32 there through `dtype`, or compensate it.'
+    )
+  format = _compensated.nearest_format(dtype, residual)
+  return _compensated.cut(format.encode(x.astype(jnp.float32)))
+
+
+def _residuals(treedef: Any, state: Any) -> list[Any]:
+  """The residual of each parameter; MaskedNode() for those not compensated."""
+  nodes = jax.tree.leaves(state, is_leaf=_is_compensated)
+  found = [
+    _tree.flatten_like(treedef, node.residual, 'state', 'params')
+    for node in nodes
+    if _is_compensated(node)
+  ]
+  nowhere = optax.MaskedNode()
+  return [
+    next((r for r in column if not isinstance(r, optax.MaskedNode)), nowhere)
+    for column in zip(*found, [nowhere] * treedef.num_leaves, strict=True)
+  ]
+
+
+def _dtypes(params32: Any, dtype: Any) -> list[Any]:
+  """The dtype that each leaf shall have; integers keep theirs."""
+  leaves, treedef = jax.tree.flatten(params32)
+  try:
+    wanted = [jnp.dtype(dtype)] * len(leaves)
+  except TypeError:
+    subtrees = _tree.flatten_like(treedef, dtype, 'dtype', 'params32')
+    wanted = [jnp.dtype(getattr(x, 'dtype', x)) for x in subtrees]
+  return [
+    want if jnp.issubdtype(x.dtype, jnp.floating) else x.dtype
+    for x, want in zip(leaves, wanted, strict=True)
+  ]
+
+
+def _is_compensated(node: Any) -> bool:
+  return isinstance(node, _compensated.CompensatedState)
+
+
+def _is_empty(node: Any) -> bool:
+  return isinstance(node, (optax.EmptyState, optax.MaskedNode))
