@@ -7,10 +7,13 @@ import warnings
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from optax_mp.formats import _tree
 from optax_mp.wrappers import _compensated
+
+_ARRAYS = (jax.Array, jax.ShapeDtypeStruct, np.ndarray)
 
 
 def to_float32(params: optax.Params, state: optax.OptState) -> optax.Params:
@@ -68,7 +71,8 @@ def from_float32(
     gives ``params32`` back, bit for bit with 16 residual bits.
 
   Raises:
-    ValueError: if a leaf that shall have 16 bits is in no ``compensated``.
+    ValueError: if a leaf that shall have 16 bits is in no ``compensated``; for
+      another ``dtype``.
 
   Examples:
     >>> import jax.numpy as jnp, optax, optax_mp
@@ -149,15 +153,25 @@ def _residuals(treedef: Any, state: Any) -> list[Any]:
 def _dtypes(params32: Any, dtype: Any) -> list[Any]:
   """The dtype that each leaf shall have; integers keep theirs."""
   leaves, treedef = jax.tree.flatten(params32)
-  try:
-    wanted = [jnp.dtype(dtype)] * len(leaves)
-  except TypeError:
-    subtrees = _tree.flatten_like(treedef, dtype, 'dtype', 'params32')
-    wanted = [jnp.dtype(getattr(x, 'dtype', x)) for x in subtrees]
+  if jax.tree_util.all_leaves([dtype]):
+    wanted = [dtype] * len(leaves)
+  else:
+    wanted = _tree.flatten_like(treedef, dtype, 'dtype', 'params32')
   return [
-    want if jnp.issubdtype(x.dtype, jnp.floating) else x.dtype
+    _float_dtype(want) if jnp.issubdtype(x.dtype, jnp.floating) else x.dtype
     for x, want in zip(leaves, wanted, strict=True)
   ]
+
+
+def _float_dtype(want: Any) -> Any:
+  """A dtype, or that of an array, if it is one a parameter can have."""
+  want = want.dtype if isinstance(want, _ARRAYS) else want
+  if want not in (jnp.bfloat16, jnp.float16, jnp.float32):
+    raise ValueError(
+      f'`dtype` must be bfloat16, float16 or float32, or a tree of these or of '
+      f'arrays like `params32`; got {want!r}.'
+    )
+  return jnp.dtype(want)
 
 
 def _is_compensated(node: Any) -> bool:

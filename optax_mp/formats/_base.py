@@ -16,6 +16,7 @@ NamedTuple of arrays that ``encode`` returns, if it returns more than one array.
 """
 
 import abc
+from collections.abc import Hashable
 import math
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -135,11 +136,12 @@ def dtype_bits(dtype: Any) -> int:
 
 def check_format(value: Any, argument: str) -> None:
   """Raises a ValueError that names ``argument`` unless value is a format."""
-  if isinstance(value, type) or not isinstance(value, Format):
+  is_format = isinstance(value, Format) and isinstance(value, Hashable)
+  if isinstance(value, type) or not is_format:
     raise ValueError(
       f'`{argument}` must be a format such as `formats.Split(8)`; got '
-      f'{value!r}. A format is an instance with the methods `encode` and '
-      '`decode`.'
+      f'{value!r}. A format is a frozen dataclass with the methods `encode` '
+      'and `decode`.'
     )
 
 

@@ -2,6 +2,7 @@
 """Which leaf of a pytree is kept in which format."""
 
 from collections.abc import Callable, Mapping
+import functools
 import math
 from typing import Any, TypeAlias
 
@@ -62,7 +63,7 @@ def encode_tree(
   leaves, treedef = jax.tree.flatten(tree)
   keys = [None] * len(leaves) if key is None else _split(key, len(leaves))
   return treedef.unflatten(
-    leaf if format is None else format.encode(leaf, leaf_key)
+    leaf if format is None else encode(format, leaf, leaf_key)
     for leaf, format, leaf_key in zip(leaves, chosen, keys, strict=True)
   )
 
@@ -97,11 +98,29 @@ def decode_tree(
   leaves, treedef = jax.tree.flatten(like)
   stored_leaves = flatten_like(treedef, stored, 'stored', 'like')
   return treedef.unflatten(
-    stored_leaf if format is None else format.decode(stored_leaf, leaf)
+    stored_leaf if format is None else decode(format, stored_leaf, leaf)
     for stored_leaf, format, leaf in zip(
       stored_leaves, chosen, leaves, strict=True
     )
   )
+
+
+# Compiled apart, so that a model of many layers traces each format once for
+# each shape and not once for each leaf.
+@functools.partial(jax.jit, static_argnums=0)
+def encode(format: _base.Format, x: Any, key: Any = None) -> Any:
+  """``format.encode(x, key)``."""
+  return format.encode(x, key)
+
+
+def decode(format: _base.Format, stored: Any, like: Any) -> Any:
+  """``format.decode(stored, like)``."""
+  return _decode(format, stored, like.shape, jnp.dtype(like.dtype))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2, 3))
+def _decode(format: _base.Format, stored: Any, shape: Any, dtype: Any) -> Any:
+  return format.decode(stored, jax.ShapeDtypeStruct(shape, dtype))
 
 
 def leaf_formats(

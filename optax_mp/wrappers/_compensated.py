@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Parameters in 16 bits, what rounding removes in the optimizer's state."""
 
+import functools
 from typing import Any, NamedTuple
 import warnings
 
@@ -164,8 +165,8 @@ def join(param: chex.Array, residual: Any) -> chex.Array:
   bits = _base.dtype_bits(residual.dtype)
   format = format_of(param.dtype, bits)
   assert format is not None  # `_flatten` has compared the dtypes
-  stored = formats.HighLow(param, residual)
-  return format.decode(stored, jax.ShapeDtypeStruct(param.shape, jnp.float32))
+  like = jax.ShapeDtypeStruct(param.shape, jnp.float32)
+  return _tree.decode(format, formats.HighLow(param, residual), like)
 
 
 def nearest_format(dtype: Any, residual: Any) -> formats.Format:
@@ -183,6 +184,8 @@ def cut(stored: Any) -> tuple[chex.Array, Any]:
   return stored, optax.EmptyState()
 
 
+# Compiled apart, so that each shape is traced once, however many leaves.
+@functools.partial(jax.jit, static_argnums=0)
 def _step(
   format: formats.Format | None,
   param: chex.Array,
@@ -199,7 +202,7 @@ def _step(
   return _difference(target, param), residual
 
 
-def _lands(weight: jax.Array, param: chex.Array) -> jax.Array:
+def _lands(weight: chex.Array, param: chex.Array) -> jax.Array:
   """Where p + (p' - p), in float32, is p' for certain.
 
   It is where p' - p fits into the 24 bits of a float32: where p' has at most 16
@@ -230,14 +233,15 @@ def _same_bits(x: chex.Array, y: chex.Array) -> jax.Array:
 
 def _no_error(param: chex.Array, residual_bits: int) -> Any:
   """The residual of a parameter that is exactly what it should be: zeros."""
-  dtype = _residual_dtype(param, residual_bits)
+  dtype = _residual_dtype(param.dtype, residual_bits)
   if dtype is None:
     return optax.EmptyState()
   return jnp.zeros_like(param, dtype)
 
 
-def _residual_dtype(param: Any, residual_bits: int) -> Any:
-  format = format_of(param.dtype, residual_bits)
+@functools.cache
+def _residual_dtype(param_dtype: Any, residual_bits: int) -> Any:
+  format = format_of(param_dtype, residual_bits)
   if format is None or residual_bits == 0:
     return None
   x = jax.ShapeDtypeStruct((), jnp.float32)
@@ -251,7 +255,7 @@ def _flatten(params: Any, residual: Any, residual_bits: int):
   residuals = _tree.flatten_like(treedef, residual, 'state', 'params')
   paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
   for path, leaf, stored in zip(paths, leaves, residuals, strict=True):
-    expected = _residual_dtype(leaf, residual_bits)
+    expected = _residual_dtype(leaf.dtype, residual_bits)
     found = getattr(stored, 'dtype', None)
     if found != expected or getattr(stored, 'shape', leaf.shape) != leaf.shape:
       raise ValueError(

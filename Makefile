@@ -1,0 +1,39 @@
+# Two commands: `make demo` and `make test`. The others are parts of them.
+PYTHON ?= python3
+BIN := .venv/bin
+export JAX_PLATFORMS := cpu
+
+.PHONY: demo test lint doctest examples clean
+
+demo: .venv/examples
+	$(BIN)/python examples/demo.py
+
+test: .venv/test lint doctest
+	$(BIN)/pytest -n 2 --dist worksteal -q
+
+lint: .venv/test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+doctest: .venv/test
+	$(BIN)/pytest -q --doctest-modules optax_mp
+
+# A stamp a set of extras: installed again when pyproject.toml changes. The
+# compilers for TPUs and GPUs need neither device nor driver.
+.venv/examples: pyproject.toml | .venv/pip
+	$(BIN)/pip install -q -e '.[examples]'
+	touch $@
+
+.venv/test: pyproject.toml | .venv/pip
+	$(BIN)/pip install -q -e '.[test,tpu,gpu]'
+	touch $@
+
+.venv/pip:
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), sys.version'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --upgrade pip
+	touch $@
+
+clean:
+	rm -rf .venv demo

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Imports point down, and small files stay small."""
+
+import ast
+import pathlib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+PACKAGE = ROOT / 'optax_mp'
+FILES = sorted(PACKAGE.rglob('*.py'))
+
+# Who may import which part of ours; a part may always import itself.
+ALLOWED = {
+  'formats': set(),
+  'wrappers': {'formats'},
+  'optimizers': {'formats'},
+  '_recipes': {'optimizers', 'wrappers', 'formats'},
+  'memory': {'formats'},
+  'checkpoint': {'wrappers', 'formats'},
+  'backward': {'formats'},
+}
+
+
+def _part(path):
+  return path.relative_to(PACKAGE).parts[0].removesuffix('.py')
+
+
+def _imports(path):
+  """Every imported module, as absolute dotted names."""
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.Import):
+      yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+      assert node.level == 0, 'absolute imports only'
+      yield from (f'{node.module}.{alias.name}' for alias in node.names)
+
+
+@pytest.mark.parametrize('path', FILES, ids=lambda p: p.name)
+def test_imports_point_down(path):
+  ours = {
+    name.split('.')[1]
+    for name in _imports(path)
+    if name.startswith('optax_mp.')
+  }
+  if _part(path) != '__init__':
+    assert ours <= ALLOWED[_part(path)] | {_part(path)}
+
+
+@pytest.mark.parametrize('path', FILES, ids=lambda p: p.name)
+def test_the_package_needs_jax_optax_and_chex_only(path):
+  packages = {name.split('.')[0] for name in _imports(path)}
+  foreign = packages & {'flax', 'orbax', 'torch', 'matplotlib', 'rich', 'scipy'}
+  assert not foreign
+  assert not [name for name in _imports(path) if '._src' in name]
+
+
+@pytest.mark.parametrize('path', FILES, ids=lambda p: p.name)
+def test_files_and_functions_are_short(path):
+  text = path.read_text()
+  assert len(text.splitlines()) <= 280
+  for node in ast.walk(ast.parse(text)):
+    if isinstance(node, ast.FunctionDef):
+      body = node.body[1:] if ast.get_docstring(node) else node.body
+      first, last = body[0].lineno if body else 0, node.end_lineno or 0
+      assert last - first < 45, node.name
+
+
+@pytest.mark.parametrize(
+  'folder', ['tests', 'examples', 'notebooks', 'benchmarks']
+)
+def test_only_public_names_outside(folder):
+  """But tests/formats looks at the pure functions on bits, one by one."""
+  private = {
+    (path.parent.name, name)
+    for path in (ROOT / folder).rglob('*.py')
+    for name in _imports(path)
+    if name.startswith('optax_mp') and '._' in name
+  }
+  inside = {part for part, name in private if '.formats._' in name}
+  assert inside <= {'formats'} and len(private) == sum(
+    '.formats._' in name for _, name in private
+  )

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the compilers make of a step: memory, aliasing, and the residuals."""
+
+import re
+
+from deviceless import compile_for
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tables
+
+import optax_mp
+from optax_mp import formats
+from optax_mp import memory
+
+TARGETS = ['tpu-v5e', 'h100']
+RECIPES = {
+  'adamw_bf16': lambda bits: optax_mp.adamw_bf16(1e-3, residual_bits=bits),
+  'sgdm_bf16': lambda bits: optax_mp.sgdm_bf16(1e-3, residual_bits=bits),
+  'lion_bf16': lambda bits: optax_mp.lion_bf16(1e-3, residual_bits=bits),
+}
+# A kernel's window into the arrays, whatever their size: one byte per parameter
+# would be 12 times as much.
+WINDOW = 2**20
+SHAPES = [(4096, 4096), (8, 1024, 2048), (50257, 256)]
+
+
+def _step(tx):
+  def step(grads, params, state):
+    updates, state = tx.update(grads, state, params)
+    return optax.apply_updates(params, updates), state
+
+  return step
+
+
+def _compile(target, tx, params):
+  state = jax.eval_shape(tx.init, params)
+  compiled = compile_for(
+    target, _step(tx), params, params, state, donate_argnums=(1, 2)
+  )
+  leaves = jax.tree.leaves((params, state))
+  return compiled, sum(x.size * x.dtype.itemsize for x in leaves)
+
+
+@pytest.mark.parametrize('target', TARGETS)
+@pytest.mark.parametrize('bits', [16, 8, 0])
+@pytest.mark.parametrize('name', RECIPES)
+def test_the_step_adds_no_memory(name, bits, target):
+  """Claim: less than `WINDOW`, and everything donated is reused."""
+  for shape in SHAPES if name == 'adamw_bf16' else SHAPES[:1]:
+    params = {'w': jax.ShapeDtypeStruct(shape, jnp.bfloat16)}
+    compiled, donated = _compile(target, RECIPES[name](bits), params)
+    report = memory.report(compiled)
+    assert report.temporary_bytes < WINDOW, shape
+    # Tiles are padded on a TPU, so it counts a little more.
+    assert report.alias_bytes >= donated
+    assert report.alias_bytes < 1.01 * donated + 8192
+
+
+@pytest.mark.parametrize('target', TARGETS)
+def test_float16_adds_no_memory(target):
+  tx = optax_mp.compensated(optax.sgd(1e-3, momentum=0.9))
+  params = {'w': jax.ShapeDtypeStruct(SHAPES[0], jnp.float16)}
+  compiled, _ = _compile(target, tx, params)
+  assert memory.report(compiled).temporary_bytes < WINDOW
+
+
+@pytest.mark.parametrize('target', TARGETS)
+@pytest.mark.parametrize('name', tables.FORMATS)
+def test_the_error_of_a_format_is_not_folded_away(name, target):
+  """Exact: x - decode(encode(x)) is computed, not simplified to x - x = 0."""
+  row = tables.FORMATS[name]
+
+  def error(x, key):
+    decoded = row.format.decode(row.format.encode(x, key), x)
+    return x - decoded
+
+  key = jax.eval_shape(lambda: jax.random.PRNGKey(0))
+  x = jax.ShapeDtypeStruct((256, 256), jnp.float32)
+  text = compile_for(target, error, x, key).as_text()
+  assert not _folded(text)
+
+
+@pytest.mark.parametrize('target', TARGETS)
+def test_the_test_above_sees_folding(target):
+  """Where a compiler folds, the naive form is what shows it: the GPU's."""
+
+  def naive(x):
+    return x - x.astype(jnp.bfloat16).astype(jnp.float32)
+
+  x = jax.ShapeDtypeStruct((256, 256), jnp.float32)
+  folded = _folded(compile_for(target, naive, x).as_text())
+  assert folded is (target == 'h100')
+
+
+def test_the_residual_is_alive_on_the_cpu():
+  """Exact: what is stored beside the value is not zero."""
+  x = jnp.asarray(np.random.default_rng(0).uniform(0.1, 1, 1000), jnp.float32)
+  for name, row in tables.FORMATS.items():
+    stored = jax.jit(row.format.encode)(x, jax.random.key(0))
+    if formats.is_stored(stored):
+      residual = jax.tree.leaves(stored)[-1]
+      assert jnp.mean(residual != 0) > 0.9, name
+
+
+@pytest.mark.parametrize('mode', ['separate', 'fused'])
+def test_donation_on_the_cpu(mode):
+  """Exact: what is aliased is as large as parameters and state together.
+
+  `separate` donates gradients and state, and the new parameters go into the
+  gradients' memory; `fused` donates parameters and state.
+  """
+  tx = optax_mp.adamw_bf16(1e-3)
+  params = {
+    'w': jnp.ones((256, 64), jnp.bfloat16),
+    'b': jnp.ones(64, jnp.bfloat16),
+  }
+  state = tx.init(params)
+
+  def loss(params):
+    return sum(jnp.sum(p.astype(jnp.float32) ** 2) for p in params.values())
+
+  def separate(grads, state, params):
+    return _step(tx)(grads, params, state)
+
+  def fused(params, state):
+    return _step(tx)(jax.grad(loss)(params), params, state)
+
+  args = {'separate': (params, state, params), 'fused': (params, state)}[mode]
+  step = {'separate': separate, 'fused': fused}[mode]
+  compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*args).compile()
+  size = sum(x.nbytes for x in jax.tree.leaves((params, state)))
+  assert memory.report(compiled).alias_bytes == size
+
+
+def test_a_split_is_one_pass_on_a_tpu():
+  """Claim: the bytes moved are those read and those written, each once."""
+  split = formats.Split(16)
+
+  def step(low, high, update):
+    x = split.decode(formats.HighLow(high, low), update)
+    return split.encode(x + update)[::-1]
+
+  shape = (4096, 4096)
+  low = jax.ShapeDtypeStruct(shape, jnp.uint16)
+  high = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+  update = jax.ShapeDtypeStruct(shape, jnp.float32)
+  compiled = compile_for(
+    'tpu-v5e', step, low, high, update, donate_argnums=(0, 1)
+  )
+  moved = compiled.cost_analysis()['bytes accessed'] / low.size
+  assert moved < 1.01 * (2 + 2 + 4 + 2 + 2)
+
+
+def _folded(hlo):
+  """Whether a program subtracts a number from itself, or returns a constant."""
+  subtracts = re.findall(r'subtract\(([^)]*)\)', hlo)
+  same = any(len(set(s.split(', '))) == 1 for s in subtracts)
+  root = re.search(r'ENTRY.*?ROOT [^\n]*', hlo, re.S)
+  assert root is not None
+  constant = 'broadcast' in root[0].rsplit('ROOT', 1)[1].split('metadata')[0]
+  return same or constant or not subtracts
