@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export JAX_PLATFORMS := cpu
 
-.PHONY: demo test lint doctest examples clean
+.PHONY: demo test lint doctest readme clean
 
 demo: .venv/examples
 	$(BIN)/python examples/demo.py
@@ -18,6 +18,12 @@ lint: .venv/test
 
 doctest: .venv/test
 	$(BIN)/pytest -q --doctest-modules optax_mp
+
+# The numbers in the README, from the last demo.
+readme: .venv/examples
+	mkdir -p benchmarks/results
+	if test -f demo/demo.json; then cp demo/demo.json benchmarks/results/; fi
+	$(BIN)/python benchmarks/readme.py
 
 # A stamp a set of extras: installed again when pyproject.toml changes. The
 # compilers for TPUs and GPUs need neither device nor driver.

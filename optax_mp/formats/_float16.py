@@ -37,7 +37,7 @@ class Float16:
     Array([1.001,   inf], dtype=float16)
 
   **Caveats:** values above 65504 become infinite, below 3e-8 zero: no format
-  for second moments.
+  for second moments. Noise has 24 bits: below 2^-48 'stochastic' is biased.
   """
 
   rounding: Literal['nearest', 'stochastic'] = 'nearest'
@@ -54,12 +54,13 @@ class Float16:
     noise = _rounding.random_bits(_base.check_key(key, self), x.shape)
     x = x.astype(jnp.float32)
     ulp = 2 * _half_ulp(x.astype(jnp.float16))
-    # x / ulp has at most 12 bits before the point: floor and rest are exact.
-    # Where x lies in the binade below its float16, the grid is twice as fine
-    # and every other point of it is used: unbiased all the same.
-    below = jnp.floor(x / ulp)
-    up = _rounding.uniform(noise) < x / ulp - below
-    rounded = (below + up) * ulp
+    # The magnitude in places has at most 12 bits before the point: floor and
+    # rest are exact. Where x lies in the binade below its float16, the grid is
+    # twice as fine and every other point of it is used: unbiased all the same.
+    places = jnp.abs(x) / ulp
+    below = jnp.floor(places)
+    up = (_rounding.uniform(noise) < places - below).astype(jnp.float32)
+    rounded = jnp.copysign((below + up) * ulp, x)
     return jnp.where(jnp.isfinite(x), rounded, x).astype(jnp.float16)
 
   def decode(
@@ -124,7 +125,8 @@ class SplitFloat16:
       scaled = jnp.round(scaled)
     else:
       noise = _rounding.random_bits(_base.check_key(key, self), x.shape)
-      scaled = jnp.floor(scaled + _rounding.uniform(noise))
+      size = jnp.floor(jnp.abs(scaled) + _rounding.uniform(noise))
+      scaled = jnp.copysign(size, scaled)
     low = jnp.where(jnp.isfinite(high), scaled, 0)
     return _base.HighLow(high, jnp.clip(low, -largest, largest).astype(dtype))
 

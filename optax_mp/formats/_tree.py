@@ -127,6 +127,7 @@ def leaf_formats(
   tree: Any, rule: Rule, min_size: int = 0
 ) -> list[_base.Format | None]:
   """The format of each leaf of ``tree``, in their order."""
+  check_rule(rule)
   return [
     _choose(rule, path, leaf) if _qualifies(leaf, min_size) else None
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
@@ -158,9 +159,10 @@ def flatten_like(treedef: Any, tree: Any, argument: str, other: str) -> list:
   try:
     return treedef.flatten_up_to(tree)
   except (ValueError, TypeError, KeyError) as error:
+    reason = str(error).splitlines()[0][:200]  # jax prints whole arrays
     raise ValueError(
-      f'`{argument}` does not have the structure of `{other}`: {error}. Was '
-      'the state made for other parameters? Call `init` again.'
+      f'`{argument}` does not have the structure of `{other}`; got {reason}. '
+      'Was the state made for other parameters? Then call `init` again.'
     ) from error
 
 

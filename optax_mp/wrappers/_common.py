@@ -48,8 +48,8 @@ def next_key(rng_key: chex.PRNGKey) -> tuple[chex.PRNGKey, chex.PRNGKey]:
   return jax.random.key_data(following), now
 
 
-def build_state(build: Callable[[Any], Any], params: Any) -> Any:
-  """Runs ``build(params)`` compiled, each part sharded like its parameter.
+def laid_out(build: Callable[[Any], Any]) -> Callable[[Any], Any]:
+  """Compiles ``build(params)``, each part sharded like its parameter.
 
   Compiled, because a state built operation by operation would exist in float32
   before it is stored. But a compiled program is free to put zeros on one
@@ -57,14 +57,13 @@ def build_state(build: Callable[[Any], Any], params: Any) -> Any:
   be laid out like that.
 
   Args:
-    build: makes a state from parameters.
-    params: a pytree of arrays.
+    build: makes a state from a pytree of arrays, the parameters.
 
   Returns:
-    The state.
+    A compiled function that does the same.
   """
 
-  def laid_out(params):
+  def build_laid_out(params):
     leaves = dict(jax.tree_util.tree_leaves_with_path(params))
 
     def like_param(path, stored):
@@ -79,7 +78,7 @@ def build_state(build: Callable[[Any], Any], params: Any) -> Any:
       like_param, build(params), is_leaf=formats.is_stored
     )
 
-  return jax.jit(laid_out)(params)
+  return jax.jit(build_laid_out)
 
 
 def _lay_out(x: chex.Array, param: chex.Array) -> chex.Array:

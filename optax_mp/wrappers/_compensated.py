@@ -100,15 +100,14 @@ def compensated(
   _common.check_seed(seed)
   inner = optax.with_extra_args_support(inner)
 
+  @_common.laid_out
+  def build(params):
+    residual = jax.tree.map(lambda p: _no_error(p, residual_bits), params)
+    return inner.init(_common.to_float32(params)), residual
+
   def init_fn(params):
     _check_halves(params)
-
-    def build(params):
-      residual = jax.tree.map(lambda p: _no_error(p, residual_bits), params)
-      return inner.init(_common.to_float32(params)), residual
-
-    # Built apart, so that either is told how its parameters are laid out.
-    inner_state, residual = _common.build_state(build, params)
+    inner_state, residual = build(params)
     return CompensatedState(inner_state, residual, _common.new_key(seed))
 
   def update_fn(updates, state, params=None, **extra_args):

@@ -85,19 +85,21 @@ def compressed(
   _common.check_seed(seed)
   inner = optax.with_extra_args_support(inner)
 
+  @_common.laid_out
+  def build(params):
+    state = inner.init(_common.to_float32(params))
+    now = _common.next_key(_common.new_key(seed))[1]
+    return formats.encode_tree(state, rule, now, min_size=min_size)
+
   def init_fn(params):
     _check_matches(_template(inner, params), params, rule, min_size)
-    rng_key = _common.new_key(seed)
-
-    def build(params):
-      state = inner.init(_common.to_float32(params))
-      now = _common.next_key(rng_key)[1]
-      return formats.encode_tree(state, rule, now, min_size=min_size)
-
-    return CompressedState(_common.build_state(build, params), rng_key)
+    return CompressedState(build(params), _common.new_key(seed))
 
   def update_fn(updates, state, params=None, **extra_args):
     like = _template(inner, updates)
+    _tree.flatten_like(
+      jax.tree.structure(like), state.inner_state, 'state', 'updates'
+    )
     inner_state = formats.decode_tree(
       state.inner_state, like, rule, min_size=min_size
     )

@@ -160,7 +160,9 @@ def test_structure_changed_since_init():
   tx = optax_mp.compressed(optax.adam(1e-3), SPLIT)
   state = tx.init(_params())
   other = {'embed': jnp.ones((64, 64))}
-  with pytest.raises(ValueError, match='does not have the structure.*`init`'):
+  with pytest.raises(
+    ValueError, match='`state` does not have the structure.*`init`'
+  ):
     tx.update(other, state, other)
 
 

@@ -1,0 +1,459 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A byte-level GPT in Flax NNX, trained with bfloat16 weights.
+
+  python examples/train_gpt.py
+  python examples/train_gpt.py --optimizer adamw_fp32 --text book.txt
+  python examples/train_gpt.py --checkpoint /tmp/gpt --save-every 100
+
+The text is the source of Python's own standard library, which every machine
+has. Three optimizers start from the same float32 weights: `adamw_fp32` keeps
+everything in float32, `adamw_plain_bf16` is Optax's AdamW on weights and
+moments rounded to bfloat16, `adamw_bf16` is ours. Stop with Ctrl-C whenever
+you like: with `--checkpoint`, the same command goes on from the last finished
+step and reports the same losses as a run that was never stopped.
+
+Read on: the model, the text, the optimizers, the step, checkpoints, the loop.
+"""
+
+import argparse
+from collections.abc import Callable, Generator, Iterator
+import contextlib
+import dataclasses
+import functools
+import pathlib
+import signal
+import sysconfig
+import threading
+import time
+from typing import NamedTuple
+
+import chex
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from rich import progress
+
+import optax_mp
+
+OPTIMIZERS = ('adamw_bf16', 'adamw_fp32', 'adamw_plain_bf16')
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """Every flag of the program; `--learning-rate` is `learning_rate`."""
+
+  text: str = ''  # a file of one's own
+  optimizer: str = 'adamw_bf16'
+  residual_bits: int = 16
+  update: str = 'fused'  # or separate, see `compile_step`
+  layers: int = 4
+  width: int = 128
+  heads: int = 4
+  context: int = 64
+  batch: int = 12
+  steps: int = 800
+  learning_rate: float = 1e-3
+  warmup: int = 100
+  b2: float = 0.99
+  weight_decay: float = 0.1
+  compute_dtype: str = ''  # float32 on CPUs, elsewhere bfloat16
+  recompute: bool = False  # jax.checkpoint around each layer
+  seed: int = 0
+  validate_every: int = 100
+  validation_batches: int = 32
+  checkpoint: str = ''
+  save_every: int = 100
+
+
+class Record(NamedTuple):
+  """What one step reports."""
+
+  step: int  # finished steps
+  loss: float
+  validation: float | None  # where it was time to measure it
+  seconds: float
+
+
+class Block(nnx.Module):
+  """Attention and a feed-forward layer, each added to what comes in."""
+
+  def __init__(self, config: Config, dtype: jnp.dtype, rngs: nnx.Rngs):
+    width, depth = config.width, 2 * config.layers
+
+    def linear(fan_in, fan_out, std):
+      init = nnx.initializers.normal(std)
+      return nnx.Linear(
+        fan_in, fan_out, kernel_init=init, dtype=dtype, rngs=rngs
+      )
+
+    # The residual stream adds up `depth` outputs: shrink each (GPT-2).
+    self.heads = config.heads
+    self.norm_1 = nnx.LayerNorm(width, dtype=dtype, rngs=rngs)
+    self.qkv = linear(width, 3 * width, 0.02)
+    self.project = linear(width, width, 0.02 * depth**-0.5)
+    self.norm_2 = nnx.LayerNorm(width, dtype=dtype, rngs=rngs)
+    self.widen = linear(width, 4 * width, 0.02)
+    self.narrow = linear(4 * width, width, 0.02 * depth**-0.5)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Maps (batch, context, width) to the same shape."""
+    qkv = self.qkv(self.norm_1(x))
+    qkv = qkv.reshape(*x.shape[:2], 3, self.heads, -1)
+    q, k, v = jnp.moveaxis(qkv, 2, 0)
+    mixed = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+    x += self.project(mixed.reshape(x.shape))
+    return x + self.narrow(jax.nn.gelu(self.widen(self.norm_2(x))))
+
+
+class GPT(nnx.Module):
+  """Embeddings, a stack of `layers` blocks, logits for the next byte."""
+
+  def __init__(self, config: Config, rngs: nnx.Rngs):
+    dtype = jnp.dtype(
+      config.compute_dtype
+      or ('float32' if jax.default_backend() == 'cpu' else 'bfloat16')
+    )
+    small = nnx.initializers.normal(0.02)
+
+    def embed(count):
+      return nnx.Embed(
+        count, config.width, embedding_init=small, dtype=dtype, rngs=rngs
+      )
+
+    @nnx.split_rngs(splits=config.layers)
+    @nnx.vmap
+    def stack(rngs):
+      return Block(config, dtype, rngs)
+
+    self.recompute = config.recompute
+    self.bytes = embed(256)
+    self.positions = embed(config.context)
+    self.blocks = stack(rngs)
+    self.norm = nnx.LayerNorm(config.width, dtype=dtype, rngs=rngs)
+
+  def __call__(self, tokens: jax.Array) -> jax.Array:
+    """Maps tokens (batch, context) to float32 logits (..., 256)."""
+    graphdef, stack = nnx.split(self.blocks)
+
+    def layer(x, params):
+      return nnx.merge(graphdef, params)(x), None
+
+    if self.recompute:
+      layer = jax.checkpoint(layer)
+    x = self.bytes(tokens) + self.positions(jnp.arange(tokens.shape[1]))
+    x, _ = jax.lax.scan(layer, x, stack)
+    # The embedding's own matrix turns states back into bytes (GPT-2).
+    to_bytes = self.bytes.embedding[...].astype(jnp.float32)
+    return self.norm(x).astype(jnp.float32) @ to_bytes.T
+
+
+def load_text(path: str = '') -> tuple[np.ndarray, np.ndarray]:
+  """Reads bytes: the first 90 % to train on, the rest to validate."""
+  library = pathlib.Path(sysconfig.get_paths()['stdlib'])
+  files = [path] if path else sorted(library.glob('*.py'))
+  data = b''.join(pathlib.Path(file).read_bytes() for file in files)
+  text = np.frombuffer(data, np.uint8)
+  cut = len(text) * 9 // 10
+  return text[:cut], text[cut:]
+
+
+def windows(text: np.ndarray, starts: np.ndarray, context: int) -> np.ndarray:
+  """Cuts `context` inputs and, shifted by one, as many targets."""
+  return text[starts[:, None] + np.arange(context + 1)].astype(np.int32)
+
+
+def training_batch(text: np.ndarray, config: Config, step: int) -> np.ndarray:
+  """Draws from (seed, step) alone, so that no iterator needs saving."""
+  generator = np.random.default_rng((config.seed, step))
+  starts = generator.integers(len(text) - config.context, size=config.batch)
+  return windows(text, starts, config.context)
+
+
+def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
+  """Clipping, then AdamW with a cosine schedule."""
+  schedule = optax.warmup_cosine_decay_schedule(
+    0.0,
+    config.learning_rate,
+    min(config.warmup, config.steps // 2),
+    config.steps,
+    end_value=0.1 * config.learning_rate,
+  )
+  adamw = optax.adamw
+  if config.optimizer == 'adamw_bf16':
+    adamw = functools.partial(
+      optax_mp.adamw_bf16, residual_bits=config.residual_bits
+    )
+  # Clip first: nothing may follow a compensated optimizer.
+  return optax.chain(
+    optax.clip_by_global_norm(1.0),
+    adamw(
+      schedule,
+      b2=config.b2,
+      weight_decay=config.weight_decay,
+      mask=_decayed,
+    ),
+  )
+
+
+def _decayed(params: optax.Params) -> optax.Params:
+  # By name, because the stack gives biases and norm scales two axes.
+  def is_matrix(path, _):
+    return path[-1].key in ('kernel', 'embedding')
+
+  return jax.tree.map_with_path(is_matrix, params)
+
+
+class State(NamedTuple):
+  """What a step replaces."""
+
+  params: chex.ArrayTree
+  opt_state: optax.OptState
+
+
+class Setup(NamedTuple):
+  """All that `train` needs; the arrays themselves come from `create`."""
+
+  create: Callable[[], State]
+  shapes: State
+  tx: optax.GradientTransformationExtraArgs
+  step: Callable[[State, np.ndarray], tuple[State, jax.Array]]
+  programs: dict[str, jax.stages.Compiled]
+  validate: Callable[[chex.ArrayTree, np.ndarray], jax.Array]
+
+
+def setup(config: Config) -> Setup:
+  """Builds model and optimizer and compiles the step, without weights."""
+  tx = make_optimizer(config)
+  low = config.optimizer != 'adamw_fp32'
+
+  def new_model():
+    return nnx.split(GPT(config, nnx.Rngs(config.seed)))
+
+  def create():
+    _, params = new_model()
+    params = jax.tree.map(
+      lambda x: x.astype(jnp.bfloat16 if low else jnp.float32),
+      nnx.to_pure_dict(params),
+    )
+    return State(params, tx.init(params))
+
+  graphdef, _ = nnx.eval_shape(new_model)
+
+  def loss_fn(params, tokens):
+    logits = nnx.merge(graphdef, params)(tokens[:, :-1])
+    losses = optax.softmax_cross_entropy_with_integer_labels(
+      logits, tokens[:, 1:]
+    )
+    return losses.mean()
+
+  sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  shapes = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+    jax.eval_shape(create),
+  )
+  step, programs = compile_step(config, loss_fn, tx, shapes)
+  return Setup(create, shapes, tx, step, programs, jax.jit(loss_fn))
+
+
+def compile_step(config, loss_fn, tx, shapes):
+  """Compiles the step in one of two ways that reuse all the memory they can.
+
+  `fused`: one program, whose new params and state overwrite the old ones.
+  `separate`: gradients in one program; in another the new params overwrite
+  the gradients. On CPUs both give the same losses bit for bit.
+
+  Args:
+    config: names the way.
+    loss_fn: `loss_fn(params, tokens) -> scalar`.
+    tx: the optimizer.
+    shapes: of `params` and `opt_state`.
+
+  Returns:
+    `step(state, tokens) -> (state, loss)` and the programs it runs, by name.
+  """
+  params, opt_state = shapes
+  tokens = jax.ShapeDtypeStruct((config.batch, config.context + 1), jnp.int32)
+  loss_and_gradients = jax.value_and_grad(loss_fn)
+
+  # An output takes the first donated buffer of its shape and dtype: the new
+  # params stand first among outputs, so what they replace stands first here.
+  def update(gradients, opt_state, params):
+    updates, opt_state = tx.update(gradients, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state
+
+  def fused(params, opt_state, tokens):
+    loss, gradients = loss_and_gradients(params, tokens)
+    # A compiler may keep a gradient in more bits than its dtype has, which
+    # `separate` cannot. One barrier per leaf: a single one would keep every
+    # gradient until the last is there.
+    gradients = jax.tree.map(jax.lax.optimization_barrier, gradients)
+    return *update(gradients, opt_state, params), loss
+
+  if config.update == 'fused':
+    program = compile_donated(fused, (0, 1), params, opt_state, tokens)
+
+    def step(state, tokens):
+      params, opt_state, loss = program(*state, tokens)
+      return State(params, opt_state), loss
+
+    return step, {'step': program}
+  first = compile_donated(loss_and_gradients, (), params, tokens)
+  second = compile_donated(update, (0, 1), params, opt_state, params)
+
+  def step(state, tokens):
+    loss, gradients = first(state.params, tokens)
+    return State(*second(gradients, state.opt_state, state.params)), loss
+
+  return step, {'gradients': first, 'update': second}
+
+
+def compile_donated(fn, donated, *args) -> jax.stages.Compiled:
+  """Compiles ahead; raises where a donated buffer is not reused."""
+  compiled = jax.jit(fn, donate_argnums=donated).lower(*args).compile()
+  leaves = jax.tree.leaves([args[i] for i in donated])
+  expected = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+  aliased = optax_mp.memory.report(compiled).alias_bytes
+  if aliased != expected:
+    # JAX itself is silent about this when compiling ahead.
+    raise RuntimeError(
+      f'`{fn.__name__}` donates {expected} bytes but reuses {aliased}.'
+    )
+  return compiled
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+  """Lets Ctrl-C wait for the end of a step or of a save.
+
+  Half-way through a step the old state is overwritten and no new one there.
+  """
+  if threading.current_thread() is not threading.main_thread():
+    yield
+    return
+  asked = threading.Event()
+  handler = signal.signal(signal.SIGINT, lambda *_: asked.set())
+  try:
+    yield
+  finally:
+    signal.signal(signal.SIGINT, handler)
+    if asked.is_set():
+      signal.raise_signal(signal.SIGINT)
+
+
+class Checkpoints:
+  """Saves and restores params, optimizer state and step; off without path."""
+
+  def __init__(self, config: Config):
+    self.manager = None
+    if config.checkpoint:
+      # Not in the background: the next step overwrites what is being saved.
+      options = ocp.CheckpointManagerOptions(
+        max_to_keep=2, enable_async_checkpointing=False
+      )
+      path = pathlib.Path(config.checkpoint).absolute()
+      self.manager = ocp.CheckpointManager(path, options=options)
+
+  def restore(self, built: Setup) -> tuple[State, int]:
+    """Returns the latest state and its step, or a fresh one and 0."""
+    if not self.manager or self.manager.latest_step() is None:
+      return built.create(), 0
+    # The template gives back NamedTuples and dtypes.
+    template = {'state': built.shapes, 'step': 0}
+    restored = self.manager.restore(
+      self.manager.latest_step(), args=ocp.args.StandardRestore(template)
+    )
+    return restored['state'], restored['step']
+
+  @uninterrupted()
+  def save(self, state: State, step: int) -> None:
+    """Saves, unless this step is there already."""
+    if self.manager and self.manager.latest_step() != step:
+      tree = {'state': state, 'step': step}
+      self.manager.save(step, args=ocp.args.StandardSave(tree))
+
+
+def train(config: Config, built: Setup | None = None) -> Generator[Record]:
+  """Trains and yields a `Record` after every step; stop it where you like."""
+  built = built or setup(config)
+  text, validation_text = load_text(config.text)
+  starts = np.linspace(
+    0,
+    len(validation_text) - config.context - 1,
+    config.validation_batches * config.batch,
+    dtype=np.int64,
+  )
+  held_out = np.split(
+    windows(validation_text, starts, config.context), config.validation_batches
+  )
+  checkpoints = Checkpoints(config)
+  state, step = checkpoints.restore(built)
+  try:
+    while step < config.steps:
+      tokens = training_batch(text, config, step)
+      with uninterrupted():
+        start = time.perf_counter()
+        state, loss = built.step(state, tokens)
+        step += 1
+        loss = float(loss)
+        seconds = time.perf_counter() - start
+        validation = None
+        if step % config.validate_every == 0 or step == config.steps:
+          losses = [float(built.validate(state.params, x)) for x in held_out]
+          validation = float(np.mean(losses))
+        if step % config.save_every == 0:
+          checkpoints.save(state, step)
+      yield Record(step, loss, validation, seconds)
+  finally:
+    checkpoints.save(state, step)
+
+
+def parse_arguments() -> Config:
+  """Makes a flag of every field of `Config`."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+  )
+  choices = {
+    'optimizer': OPTIMIZERS,
+    'update': ('fused', 'separate'),
+    'compute_dtype': ('float32', 'bfloat16'),
+  }
+  for field in dataclasses.fields(Config):
+    flag = '--' + field.name.replace('_', '-')
+    if field.type is bool:
+      parser.add_argument(flag, action='store_true')
+    else:
+      parser.add_argument(
+        flag,
+        type=field.type,
+        default=field.default,
+        choices=choices.get(field.name),
+      )
+  return Config(**vars(parser.parse_args()))
+
+
+def main() -> None:
+  """Trains with a progress bar."""
+  config = parse_arguments()
+  tokens = config.batch * config.context
+  columns = (
+    *progress.Progress.get_default_columns(),
+    progress.TextColumn('loss {task.fields[loss]:.4f}'),
+    progress.TextColumn('{task.fields[speed]:,.0f} tokens/s'),
+  )
+  with (
+    contextlib.closing(train(config)) as records,
+    progress.Progress(*columns) as bar,
+  ):
+    task = bar.add_task(config.optimizer, total=config.steps, loss=0, speed=0)
+    for step, loss, validation, seconds in records:
+      bar.update(task, completed=step, loss=loss, speed=tokens / seconds)
+      if validation is not None:
+        bar.print(f'step {step}: validation loss {validation:.4f}')
+
+
+if __name__ == '__main__':
+  with contextlib.suppress(KeyboardInterrupt):
+    main()
