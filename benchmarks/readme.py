@@ -97,14 +97,15 @@ def headline() -> str:
   )
   size = ours['bytes_per_param']['total'], full['bytes_per_param']['total']
   gaps = [run['validation'] - full['validation'] for run in (ours, plain)]
-  return (
-    f'AdamW in **{size[0]:.0f} bytes per parameter instead of {size[1]:.0f}** '
-    '(parameters, moments,\n'
-    'gradients): on a byte-level GPT of '
-    f'{result["num_params"] / 1e6:.1f} M parameters, after '
-    f'{config["steps"]} steps\n'
-    f'of one seed, the validation loss is {gaps[0]:+.4f} from float32; plain '
-    f'bfloat16 is\n{gaps[1]:+.4f} from it.'
+  return '\n'.join(
+    [
+      f'AdamW in **{size[0]:.0f} bytes per parameter instead of {size[1]:.0f}**, '
+      'gradients included: on a',
+      f'byte-level GPT of {result["num_params"] / 1e6:.1f} M parameters, after '
+      f'{config["steps"]} steps of one seed, the validation',
+      f'loss is {gaps[0]:+.4f} from float32; plain bfloat16 is {gaps[1]:+.4f} '
+      'from it.',
+    ]
   )
 
 

@@ -43,8 +43,8 @@ def test_the_first_example_is_short_and_early():
   start = lines.index('```python')
   end = lines.index('```', start)
   assert end < 30
-  assert end - start - 1 <= 18
-  assert len(lines) <= 160
+  assert end - start - 1 <= 15
+  assert len(lines) <= 150
 
 
 @pytest.mark.parametrize('link', re.findall(r'\]\((?!http)([^)#]+)\)', TEXT))
