@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export JAX_PLATFORMS := cpu
 
-.PHONY: demo test lint doctest readme clean
+.PHONY: demo test lint doctest oldest readme clean
 
 demo: .venv/examples
 	$(BIN)/python examples/demo.py
@@ -14,10 +14,16 @@ test: .venv/test lint doctest
 lint: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 doctest: .venv/test
 	$(BIN)/pytest -q --doctest-modules optax_mp
+
+# The tests with the oldest versions that pyproject.toml allows.
+oldest:
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/pip install -q -e '.[test]' -c .ci/oldest.txt
+	.venv-oldest/bin/pytest -n 2 --dist worksteal -q
 
 # The numbers in the README, from the last demo.
 readme: .venv/examples
@@ -42,4 +48,4 @@ readme: .venv/examples
 	touch $@
 
 clean:
-	rm -rf .venv demo
+	rm -rf .venv .venv-oldest demo
