@@ -97,14 +97,15 @@ def headline() -> str:
   )
   size = ours['bytes_per_param']['total'], full['bytes_per_param']['total']
   gaps = [run['validation'] - full['validation'] for run in (ours, plain)]
+  millions = result['num_params'] / 1e6
   return '\n'.join(
     [
-      f'AdamW in **{size[0]:.0f} bytes per parameter instead of {size[1]:.0f}**, '
-      'gradients included: on a',
-      f'byte-level GPT of {result["num_params"] / 1e6:.1f} M parameters, after '
+      f'AdamW in **{size[0]:.0f} bytes per parameter instead of '
+      f'{size[1]:.0f}**, gradients included: on a',
+      f'byte-level GPT of {millions:.1f} M parameters, after '
       f'{config["steps"]} steps of one seed, the validation',
-      f'loss is {gaps[0]:+.4f} from float32; plain bfloat16 is {gaps[1]:+.4f} '
-      'from it.',
+      f'loss is {gaps[0]:+.4f} from float32; plain bfloat16 is '
+      f'{gaps[1]:+.4f} from it.',
     ]
   )
 
