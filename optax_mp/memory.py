@@ -5,7 +5,6 @@ import collections
 import dataclasses
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -65,7 +64,7 @@ class Plan:
 
 def plan(
   tx: optax.GradientTransformation,
-  params: chex.ArrayTree,
+  params: Any,
   gradients: Any = jnp.bfloat16,
 ) -> Plan:
   """Counts the bytes of training with ``tx``, field by field.
