@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_mp.formats import _tree
+from optax_mp.formats import _paths
 from optax_mp.wrappers import _compensated
+from optax_mp.wrappers import _residual
 
 _ARRAYS = (jax.Array, jax.ShapeDtypeStruct, np.ndarray)
 
@@ -22,7 +23,8 @@ def to_float32(params: optax.Params, state: optax.OptState) -> optax.Params:
   Args:
     params: the parameters in training.
     state: the optimizer state; ``compensated`` may be anywhere inside it, also
-      under ``optax.masked`` and ``optax.partition``.
+      under ``optax.masked`` and ``optax.partition``. For ``nnx.Optimizer``:
+      ``to_float32(nnx.state(model, nnx.Param), optimizer.opt_state)``.
 
   Returns:
     A tree like ``params``, 16-bit leaves as float32: bit for bit the master
@@ -30,7 +32,7 @@ def to_float32(params: optax.Params, state: optax.OptState) -> optax.Params:
     the parameter itself where there is none.
 
   Raises:
-    ValueError: if the residuals do not fit ``params``.
+    ValueError: if the residuals do not fit ``params``, or there are none.
 
   Examples:
     >>> import jax.numpy as jnp, optax, optax_mp
@@ -41,12 +43,23 @@ def to_float32(params: optax.Params, state: optax.OptState) -> optax.Params:
     >>> print(params, optax_mp.checkpoint.to_float32(params, state))
     1 0.999
   """
-  leaves, treedef = jax.tree.flatten(params)
-  residuals = _residuals(treedef, state)
-  return treedef.unflatten(
-    _compensated.join(leaf, residual)
-    for leaf, residual in zip(leaves, residuals, strict=True)
-  )
+  if any(
+    map(_is_compensated, jax.tree.leaves(params, is_leaf=_is_compensated))
+  ):
+    raise ValueError(
+      '`params` must be the parameters; got an optimizer state. Call '
+      '`to_float32(params, state)`.'
+    )
+  pairs, treedef = jax.tree_util.tree_flatten_with_path(params)
+  residuals = _residuals(len(pairs), state)
+  weights = []
+  for (path, leaf), residual in zip(pairs, residuals, strict=True):
+    bits = _residual.bits_of(residual)
+    if isinstance(residual, optax.MaskedNode):
+      _check_needs_none(path, leaf)
+    _residual.check_fits(path, leaf, residual, bits)
+    weights.append(_residual.join(leaf, residual))
+  return treedef.unflatten(weights)
 
 
 def from_float32(
@@ -71,8 +84,8 @@ def from_float32(
     gives ``params32`` back, bit for bit with 16 residual bits.
 
   Raises:
-    ValueError: if a leaf that shall have 16 bits is in no ``compensated``; for
-      another ``dtype``.
+    ValueError: if a leaf that shall have 16 bits is in no ``compensated``, if
+      ``tx`` chooses its parts by dtype, or for another ``dtype``.
 
   Examples:
     >>> import jax.numpy as jnp, optax, optax_mp
@@ -96,7 +109,7 @@ def _start(tx: Any, params32: Any, dtypes: list[Any]) -> tuple[Any, Any]:
     warnings.simplefilter('ignore', UserWarning)
     state32 = tx.init(params32)
 
-  residuals = _residuals(treedef, state)
+  residuals = _residuals(len(leaves), state)
   paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params32)]
   pairs = [
     _cut(path, x, dtype, residual)
@@ -117,7 +130,13 @@ def _start(tx: Any, params32: Any, dtypes: list[Any]) -> tuple[Any, Any]:
     )
     return node._replace(inner_state=node32.inner_state, residual=residual)
 
-  state = jax.tree.map(merge, state, state32, is_leaf=_is_compensated)
+  treedef16 = jax.tree.structure(state, is_leaf=_is_compensated)
+  hint = 'Choose its parts by name or shape, not by dtype.'
+  nodes32 = _paths.flatten_like(
+    treedef16, state32, 'tx.init(params32)', 'tx.init(params)', hint
+  )
+  nodes = jax.tree.leaves(state, is_leaf=_is_compensated)
+  state = treedef16.unflatten(map(merge, nodes, nodes32))
   return treedef.unflatten(param for param, _ in pairs), state
 
 
@@ -127,26 +146,45 @@ def _cut(path: Any, x: chex.Array, dtype: Any, residual: Any):
     return x, residual
   if isinstance(residual, optax.MaskedNode):
     raise ValueError(
-      f'`params32` has a leaf {_tree.path_str(path)!r} that no `compensated` '
+      f'`params32` has a leaf {_paths.path_str(path)!r} that no `compensated` '
       f'in `tx` looks after; got {jnp.dtype(dtype)} for it, which would lose '
       'its low bits. Ask for float32 there through `dtype`, or compensate it.'
     )
-  format = _compensated.nearest_format(dtype, residual)
-  return _compensated.cut(format.encode(x.astype(jnp.float32)))
+  format = _residual.format_of(dtype, _residual.bits_of(residual), 'nearest')
+  assert format is not None  # `_float_dtype` has looked at the dtype
+  return _residual.cut(format.encode(x.astype(jnp.float32)))
 
 
-def _residuals(treedef: Any, state: Any) -> list[Any]:
-  """The residual of each parameter; MaskedNode() for those not compensated."""
+def _check_needs_none(path: Any, leaf: Any) -> None:
+  """Raises a ValueError for a 16-bit parameter that nothing compensates."""
+  if _residual.format_of(leaf.dtype, 0) is not None:
+    raise ValueError(
+      f'`state` must hold the residual of {_paths.path_str(path)!r}; got none '
+      f'for this {leaf.dtype} parameter. Without `compensated` it is all there '
+      'is: cast it.'
+    )
+
+
+def _residuals(num_params: int, state: Any) -> list[Any]:
+  """The residual of each parameter; MaskedNode() for those not compensated.
+
+  Matched by their order, since `nnx.Optimizer` keeps them in other containers.
+  """
   nodes = jax.tree.leaves(state, is_leaf=_is_compensated)
   found = [
-    _tree.flatten_like(treedef, node.residual, 'state', 'params')
+    jax.tree.leaves(node.residual, is_leaf=_is_empty)
     for node in nodes
     if _is_compensated(node)
   ]
+  if any(len(column) != num_params for column in found):
+    raise ValueError(
+      f'`state` does not have the structure of `params`; got {len(found[0])} '
+      f'residuals for {num_params} parameters. {_paths.OTHER_PARAMS}'
+    )
   nowhere = optax.MaskedNode()
   return [
-    next((r for r in column if not isinstance(r, optax.MaskedNode)), nowhere)
-    for column in zip(*found, [nowhere] * treedef.num_leaves, strict=True)
+    next((r for r in row if not isinstance(r, optax.MaskedNode)), nowhere)
+    for row in zip(*found, [nowhere] * num_params, strict=True)
   ]
 
 
@@ -156,7 +194,7 @@ def _dtypes(params32: Any, dtype: Any) -> list[Any]:
   if jax.tree_util.all_leaves([dtype]):
     wanted = [dtype] * len(leaves)
   else:
-    wanted = _tree.flatten_like(treedef, dtype, 'dtype', 'params32')
+    wanted = _paths.flatten_like(treedef, dtype, 'dtype', 'params32')
   return [
     _float_dtype(want) if jnp.issubdtype(x.dtype, jnp.floating) else x.dtype
     for x, want in zip(leaves, wanted, strict=True)

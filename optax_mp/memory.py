@@ -11,7 +11,7 @@ import optax
 
 from optax_mp import formats
 from optax_mp.formats import _base
-from optax_mp.formats import _tree
+from optax_mp.formats import _paths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +76,8 @@ def plan(
   Args:
     tx: any Optax transformation, of this library or not.
     params: arrays, or ShapeDtypeStructs, as ``jax.eval_shape`` returns them.
-    gradients: dtype of the gradients, or None where no gradient is ever whole.
+    gradients: dtype of the gradients of 16-bit parameters, those of others have
+      their parameter's; or None where no gradient is ever whole.
 
   Returns:
     A :class:`Plan`: ``rows``, ``total_bytes``, ``bytes_per_param``.
@@ -95,21 +96,22 @@ def plan(
     gradients  bfloat16               16.00  139586437120         2.00
     total                                    837518622740        12.00
   """
-  leaves = jax.tree_util.tree_leaves_with_path(params)
+  leaves = jax.tree.leaves(params)
+  paths = _paths.param_paths(params)
   state = jax.eval_shape(tx.init, params)
-  found = [('params', leaf) for _, leaf in leaves]
+  found = [('params', leaf) for leaf in leaves]
   found += [
-    (_field(path, dict(leaves)), leaf)
+    (_field(path, paths), leaf)
     for path, leaf in jax.tree_util.tree_leaves_with_path(
       state, is_leaf=formats.is_stored
     )
   ]
   if gradients is not None:
     found += [
-      ('gradients', jax.ShapeDtypeStruct(leaf.shape, gradients))
-      for _, leaf in leaves
+      ('gradients', jax.ShapeDtypeStruct(leaf.shape, dtype))
+      for leaf, dtype in _gradient_dtypes(leaves, gradients)
     ]
-  num_params = sum(leaf.size for _, leaf in leaves)
+  num_params = sum(leaf.size for leaf in leaves)
   return Plan(_rows(found, num_params), num_params)
 
 
@@ -188,10 +190,24 @@ def _rows(found: list[tuple[str, Any]], num_params: int) -> tuple[Row, ...]:
   return tuple(rows)
 
 
-def _field(path: Any, params: dict[Any, Any]) -> str:
+def _gradient_dtypes(leaves: list[Any], dtype: Any) -> list[tuple[Any, Any]]:
+  """Parameters that have a gradient, and its dtype."""
+  try:
+    dtype = jnp.dtype(dtype)
+  except TypeError as error:
+    raise ValueError(
+      f'`gradients` must be a dtype or None; got {dtype!r}.'
+    ) from error
+  return [
+    (leaf, dtype if _base.dtype_bits(leaf.dtype) == 16 else leaf.dtype)
+    for leaf in leaves
+    if jnp.issubdtype(leaf.dtype, jnp.inexact)
+  ]
+
+
+def _field(path: Any, params: Any) -> str:
   """The name of the state field that a leaf belongs to."""
-  cut = next((i for i in range(len(path)) if path[i:] in params), len(path))
-  names = _tree.fields(path[:cut])
+  names = _paths.fields(_paths.split_path(path, params)[0])
   return names[-1] if names else 'state'
 
 

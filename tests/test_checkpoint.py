@@ -129,6 +129,37 @@ def test_dtype_of_another_structure():
     checkpoint.from_float32(TRANSFORMS['alone'], _weights(), {'embed': None})
 
 
+def test_groups_by_dtype():
+  def by_dtype(params):
+    return jax.tree.map(lambda x: str(x.dtype), params)
+
+  groups = {
+    'bfloat16': optax_mp.compensated(optax.adam(1e-3)),
+    'float32': optax.adam(1e-3),
+    'int32': optax.set_to_zero(),
+  }
+  tx = optax.partition(groups, by_dtype)
+  with pytest.raises(ValueError, match='by name or shape, not by dtype'):
+    dtypes = {'embed': jnp.bfloat16, 'head': jnp.float32, 'steps': jnp.int32}
+    checkpoint.from_float32(tx, _weights(), dtypes)
+
+
+def test_residuals_of_other_parameters():
+  params = {'a': jnp.ones(3, jnp.bfloat16)}
+  state = TRANSFORMS['alone'].init(params)
+  for wrong in (
+    jnp.ones(3),
+    jnp.ones(3, jnp.float16),
+    jnp.ones((2, 1), jnp.bfloat16),
+  ):
+    with pytest.raises(ValueError, match="`params` has .* at 'a', which needs"):
+      checkpoint.to_float32({'a': wrong}, state)
+  with pytest.raises(ValueError, match='must hold the residual of'):
+    checkpoint.to_float32(params, SGD.init(params))
+  with pytest.raises(ValueError, match='got an optimizer state'):
+    checkpoint.to_float32(state, params)
+
+
 @pytest.mark.parametrize('dtype', [jnp.int8, 'bf16', 3])
 def test_no_such_dtype(dtype):
   with pytest.raises(ValueError, match='`dtype` must be bfloat16, float16'):

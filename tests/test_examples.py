@@ -7,12 +7,12 @@ import runpy
 import signal
 import threading
 
-import demo
 import jax
 import numpy as np
 import pytest
 import train_gpt
 
+import demo
 from optax_mp import memory
 
 SMALL = train_gpt.Config(
@@ -159,7 +159,7 @@ def test_demo_writes_plot_and_numbers(tmp_path, monkeypatch, capsys):
 
 
 def test_digits(capsys):
-  """Claim: over 95 % of the test images; its docstring promises it."""
+  """Claim: over 95 % of the test images."""
   runpy.run_module('digits_linen', run_name='__main__')
   printed = capsys.readouterr().out
   assert float(printed.split()[-1]) > 0.95

@@ -221,3 +221,19 @@ def test_orbax(trained, tmp_path):
   assert_same_bits(plain_loop(tx, *restored, 2), later)
   exact = checkpoint.to_float32(*restored)
   assert_same_bits(exact, checkpoint.to_float32(*now))
+
+
+def test_nnx_optimizer_gives_its_float32_weights():
+  """Exact: residuals are found in the optimizer's own containers."""
+  model = NNXMLP(nnx.Rngs(0))
+  optimizer = nnx.Optimizer(model, by_path(), wrt=nnx.Param)
+  gradients = nnx.grad(lambda m: error(m(INPUTS)))(model)
+  optimizer.update(model, gradients)
+  params = nnx.state(model, nnx.Param)
+  got = checkpoint.to_float32(params, optimizer.opt_state)
+  residuals = leaves(optimizer.opt_state.residual)
+  for x, param, residual in zip(
+    leaves(got), leaves(params), residuals, strict=True
+  ):
+    stored = formats.HighLow(param, residual)
+    assert_same_bits(x, formats.Split(8).decode(stored, x))

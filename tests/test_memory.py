@@ -39,7 +39,8 @@ def test_rows_of_a_mixed_tree():
     ('nu', 'float32'): (128, 4 * 128),
     ('rng_key', 'uint32'): (4, 16),
     ('residual', 'uint8'): (8192 + 64, 8192 + 64),
-    ('gradients', 'bfloat16'): (8320, 2 * 8320),
+    ('gradients', 'bfloat16'): (8256, 2 * 8256),
+    ('gradients', 'float32'): (64, 4 * 64),
   }
   assert plan.num_params == 8320
   assert plan.total_bytes == sum(r.bytes for r in plan.rows)
@@ -72,6 +73,26 @@ def test_gradients_have_a_dtype_or_are_never_whole():
   ]
   assert size[1] - size[0] == 2 * 4096
   assert size[2] - size[0] == 4 * 4096
+
+
+def test_gradients_follow_other_parameters():
+  params = {
+    'full': _shape(10, dtype=jnp.float32),
+    'complex': _shape(10, dtype=jnp.complex64),
+    'steps': _shape(10, dtype=jnp.int32),
+  }
+  plan = memory.plan(optax.set_to_zero(), params)
+  assert _rows(plan)['gradients', 'float32'] == (10, 40)
+  assert _rows(plan)['gradients', 'complex64'] == (10, 80)
+  assert ('gradients', 'int32') not in _rows(plan)
+  with pytest.raises(ValueError, match='`gradients` must be a dtype or None'):
+    memory.plan(optax.set_to_zero(), params, 'bf16')
+
+
+def test_typed_keys_in_the_state():
+  tx = optax.add_noise(0.1, 0.5, jax.random.key(0))
+  rows = memory.plan(tx, _shape(3), None).rows
+  assert {r.field: r.bytes for r in rows}['rng_key'] == 8
 
 
 def test_sums_count_bits_not_nbytes():

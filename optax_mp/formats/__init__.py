@@ -11,8 +11,8 @@ from optax_mp.formats._error_feedback import ErrorFeedback as ErrorFeedback
 from optax_mp.formats._error_feedback import Feedback as Feedback
 from optax_mp.formats._float16 import Float16 as Float16
 from optax_mp.formats._float16 import SplitFloat16 as SplitFloat16
+from optax_mp.formats._rule import Rule as Rule
 from optax_mp.formats._split import Split as Split
-from optax_mp.formats._tree import Rule as Rule
 from optax_mp.formats._tree import decode_tree as decode_tree
 from optax_mp.formats._tree import encode_tree as encode_tree
 

@@ -18,6 +18,7 @@ NamedTuple of arrays that ``encode`` returns, if it returns more than one array.
 import abc
 from collections.abc import Hashable
 import math
+import numbers
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import chex
@@ -126,12 +127,17 @@ def array_bits(array: Any) -> int:
 
 def dtype_bits(dtype: Any) -> int:
   """Bits of one value of ``dtype``; ``itemsize`` would count int4 as 8."""
+  if jnp.issubdtype(dtype, jax.dtypes.prng_key):
+    # Typed keys hide how many words they have.
+    key = jax.ShapeDtypeStruct((), dtype)
+    return array_bits(jax.eval_shape(jax.random.key_data, key))
   dtype = jnp.dtype(dtype)
   if dtype == jnp.bool_:
     return 8
   if jnp.issubdtype(dtype, jnp.integer):
     return jnp.iinfo(dtype).bits
-  return jnp.finfo(dtype).bits
+  parts = 2 if jnp.issubdtype(dtype, jnp.complexfloating) else 1
+  return parts * jnp.finfo(dtype).bits
 
 
 def check_format(value: Any, argument: str) -> None:
@@ -151,13 +157,24 @@ def check_choice(value: Any, argument: str, choices: tuple[Any, ...]) -> None:
   Args:
     value: what the caller passed.
     argument: its name, for the message.
-    choices: the values allowed, all of one type.
+    choices: the values allowed, all strings or all integers.
   """
-  # A traced value (optax.inject_hyperparams) has no truth value to compare.
-  if type(value) is not type(choices[0]) or value not in choices:
+  check_static(value, argument)
+  kind = str if isinstance(choices[0], str) else numbers.Integral
+  if isinstance(value, bool) or not isinstance(value, kind):
+    known = False
+  else:
+    known = value in choices
+  if not known:
+    raise ValueError(f'`{argument}` must be one of {choices}; got {value!r}.')
+
+
+def check_static(value: Any, argument: str) -> None:
+  """Raises a ValueError if a setting is an array, traced or not."""
+  if isinstance(value, jax.Array):
     raise ValueError(
-      f'`{argument}` must be one of {choices}; got {value!r}. It decides how '
-      'the state is laid out, so under `optax.inject_hyperparams` name it in '
+      f'`{argument}` must be a Python value, since it decides what the program '
+      f'is; got {value!r}. Under `optax.inject_hyperparams` name it in '
       '`static_args`.'
     )
 

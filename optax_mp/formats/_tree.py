@@ -1,28 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which leaf of a pytree is kept in which format."""
+"""Stores the leaves of a pytree, each in its format, and gives them back."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 import functools
-import math
-from typing import Any, TypeAlias
+from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
 
 from optax_mp.formats import _base
-
-Path: TypeAlias = tuple[Any, ...]
-Rule: TypeAlias = (
-  _base.Format
-  | Mapping[str, _base.Format | None]
-  | Callable[[str, Any], _base.Format | None]
-)
+from optax_mp.formats import _paths
+from optax_mp.formats import _rule
 
 
 def encode_tree(
   tree: Any,
-  rule: Rule,
+  rule: _rule.Rule,
   key: chex.PRNGKey | None = None,
   *,
   min_size: int = 0,
@@ -59,17 +53,11 @@ def encode_tree(
     >>> stored['w'].low.dtype, stored['step'].dtype
     (dtype('uint8'), dtype('int32'))
   """
-  chosen = leaf_formats(tree, rule, min_size)
-  leaves, treedef = jax.tree.flatten(tree)
-  keys = [None] * len(leaves) if key is None else _split(key, len(leaves))
-  return treedef.unflatten(
-    leaf if format is None else encode(format, leaf, leaf_key)
-    for leaf, format, leaf_key in zip(leaves, chosen, keys, strict=True)
-  )
+  return encode_leaves(tree, _rule.leaf_formats(tree, rule, min_size), key)
 
 
 def decode_tree(
-  stored: Any, like: Any, rule: Rule, *, min_size: int = 0
+  stored: Any, like: Any, rule: _rule.Rule, *, min_size: int = 0
 ) -> Any:
   """Gives back the tree that :func:`encode_tree` stored.
 
@@ -84,7 +72,7 @@ def decode_tree(
     A tree of arrays with the structure, shapes and dtypes of ``like``.
 
   Raises:
-    ValueError: if ``stored`` does not have the structure of ``like``.
+    ValueError: if ``stored`` is not what the rule makes of such a tree.
 
   Examples:
     >>> import jax.numpy as jnp
@@ -94,15 +82,42 @@ def decode_tree(
     >>> print(formats.decode_tree(stored, tree, rule)['w'])
     [1.001]
   """
-  chosen = leaf_formats(like, rule, min_size)
-  leaves, treedef = jax.tree.flatten(like)
-  stored_leaves = flatten_like(treedef, stored, 'stored', 'like')
-  return treedef.unflatten(
-    stored_leaf if format is None else decode(format, stored_leaf, leaf)
-    for stored_leaf, format, leaf in zip(
-      stored_leaves, chosen, leaves, strict=True
-    )
-  )
+  return decode_leaves(stored, like, _rule.leaf_formats(like, rule, min_size))
+
+
+def encode_leaves(
+  tree: Any,
+  chosen: list[_base.Format | None],
+  key: chex.PRNGKey | None = None,
+) -> Any:
+  """:func:`encode_tree`, with the formats chosen already."""
+  leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
+  stored = []
+  for (path, leaf), format in zip(leaves, chosen, strict=True):
+    if format is None:
+      stored.append(leaf)
+      continue
+    name = _paths.path_str(path)
+    own_key = None if key is None else _paths.leaf_key(key, name)
+    stored.append(encode(format, leaf, own_key))
+  return treedef.unflatten(stored)
+
+
+def decode_leaves(
+  stored: Any,
+  like: Any,
+  chosen: list[_base.Format | None],
+  argument: str = 'stored',
+) -> Any:
+  """:func:`decode_tree`, with the formats chosen already."""
+  leaves, treedef = jax.tree_util.tree_flatten_with_path(like)
+  hint = _paths.OTHER_PARAMS
+  found = _paths.flatten_like(treedef, stored, argument, 'like', hint)
+  decoded = []
+  for (path, leaf), format, x in zip(leaves, chosen, found, strict=True):
+    x = _check_stored(path, x, format, leaf, argument)
+    decoded.append(x if format is None else decode(format, x, leaf))
+  return treedef.unflatten(decoded)
 
 
 # Compiled apart, so that a model of many layers traces each format once for
@@ -123,68 +138,51 @@ def _decode(format: _base.Format, stored: Any, shape: Any, dtype: Any) -> Any:
   return format.decode(stored, jax.ShapeDtypeStruct(shape, dtype))
 
 
-def leaf_formats(
-  tree: Any, rule: Rule, min_size: int = 0
-) -> list[_base.Format | None]:
-  """The format of each leaf of ``tree``, in their order."""
-  check_rule(rule)
-  return [
-    _choose(rule, path, leaf) if _qualifies(leaf, min_size) else None
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-  ]
+@functools.cache
+def stored_like(format: _base.Format, shape: Any, dtype: Any) -> Any:
+  """Structure, shapes and dtypes of what ``format`` stores of an array."""
+  x = jax.ShapeDtypeStruct(shape, dtype)
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  return jax.eval_shape(format.encode, x, key)
 
 
-def check_rule(rule: Any) -> None:
-  """Raises a ValueError unless ``rule`` is one of the three kinds of rule."""
-  if isinstance(rule, Mapping):
-    for field, format in rule.items():
-      if format is not None:
-        _base.check_format(format, f'rule[{field!r}]')
-  elif not callable(rule) or isinstance(rule, type):
-    _base.check_format(rule, 'rule')
-
-
-def fields(path: Path) -> list[str]:
-  """The names of the NamedTuple fields on a path, outermost first."""
-  return [k.name for k in path if isinstance(k, jax.tree_util.GetAttrKey)]
-
-
-def path_str(path: Path) -> str:
-  """A path as rules and messages write it: ``'0/mu/layer/kernel'``."""
-  return jax.tree_util.keystr(path, simple=True, separator='/')
-
-
-def flatten_like(treedef: Any, tree: Any, argument: str, other: str) -> list:
-  """The subtrees of ``tree`` at the leaves of ``treedef``."""
-  try:
-    return treedef.flatten_up_to(tree)
-  except (ValueError, TypeError, KeyError) as error:
-    reason = str(error).splitlines()[0][:200]  # jax prints whole arrays
-    raise ValueError(
-      f'`{argument}` does not have the structure of `{other}`; got {reason}. '
-      'Was the state made for other parameters? Then call `init` again.'
-    ) from error
-
-
-def _choose(rule: Rule, path: Path, leaf: Any) -> _base.Format | None:
-  """What the rule says of one leaf."""
-  if isinstance(rule, Mapping):
-    # The outermost field that is named: below it are the parameters' own keys.
-    named = [field for field in fields(path) if field in rule]
-    return rule[named[0]] if named else None
-  if isinstance(rule, _base.Format):
-    return rule
-  format = rule(path_str(path), leaf)
+def _check_stored(
+  path: _paths.Path,
+  stored: Any,
+  format: _base.Format | None,
+  leaf: Any,
+  argument: str,
+) -> Any:
+  """Returns what is stored, or a ValueError where another rule stored it."""
+  expected = leaf
   if format is not None:
-    _base.check_format(format, f'rule({path_str(path)!r}, ...)')
-  return format
+    expected = stored_like(format, leaf.shape, jnp.dtype(leaf.dtype))
+  found = _as_stored(stored, expected)
+  if _layout(found) != _layout(expected):
+    raise ValueError(
+      f'`{argument}` has {_text(stored)} at {_paths.path_str(path)!r}, but '
+      f'{format or "no format"} stores {_text(expected)} there: rule, '
+      '`min_size` or shapes changed since `init`. Use the old ones, or call '
+      '`init` again.'
+    )
+  return found
 
 
-def _qualifies(leaf: Any, min_size: int) -> bool:
-  """Floating-point and large enough; integers and small leaves stay alone."""
-  floating = jnp.issubdtype(leaf.dtype, jnp.floating)
-  return floating and math.prod(leaf.shape) >= min_size
+def _as_stored(x: Any, expected: Any) -> Any:
+  """Flax NNX makes mappings of NamedTuples: back to what the format stores."""
+  if not _base.is_stored(expected) or not isinstance(x, Mapping):
+    return x
+  if set(x) != set(expected._fields):
+    return x
+  parts = {k: _as_stored(x[k], getattr(expected, k)) for k in x}
+  return type(expected)(**parts)
 
 
-def _split(key: chex.PRNGKey, number: int) -> list[chex.PRNGKey]:
-  return list(jax.random.split(key, number))
+def _layout(tree: Any) -> Any:
+  leaves, treedef = jax.tree.flatten(tree)
+  return treedef, [(x.shape, x.dtype) for x in leaves]
+
+
+def _text(tree: Any) -> str:
+  """``bfloat16(3,) + uint8(3,)``."""
+  return ' + '.join(f'{x.dtype}{x.shape}' for x in jax.tree.leaves(tree))

@@ -3,14 +3,18 @@
 
 from collections.abc import Callable
 import functools
+import numbers
 from typing import Any
 
 import chex
 import jax
 from jax.experimental import shard_alike
 import jax.numpy as jnp
+import optax
 
 from optax_mp import formats
+from optax_mp.formats import _base
+from optax_mp.formats import _paths
 from optax_mp.formats import _rounding
 
 
@@ -19,11 +23,10 @@ def to_float32(tree: Any) -> Any:
   return jax.tree.map(widen, tree)
 
 
-def widen(x: chex.Array) -> jax.Array:
+def widen(x: Any) -> Any:
   """One leaf of :func:`to_float32`; float32 and integers stay as they are."""
-  x = jnp.asarray(x)
   if x.dtype in (jnp.bfloat16, jnp.float16):
-    return _rounding.widen(x)
+    return _rounding.widen(jnp.asarray(x))
   return x
 
 
@@ -32,12 +35,31 @@ def new_key(seed: int) -> chex.PRNGKey:
   return jax.random.key_data(jax.random.key(seed, impl='threefry2x32'))
 
 
-def check_seed(seed: Any) -> None:
-  """Raises a ValueError unless ``seed`` is a Python integer."""
-  if type(seed) is not int:
+def checked(
+  inner: Any, seed: Any
+) -> tuple[optax.GradientTransformationExtraArgs, int]:
+  """``inner`` with extra arguments and ``seed``, or a ValueError."""
+  if not (hasattr(inner, 'init') and hasattr(inner, 'update')):
     raise ValueError(
-      f'`seed` must be a Python int; got {seed!r}. Under '
-      '`optax.inject_hyperparams` name it in `static_args`.'
+      '`inner` must be an Optax transformation such as `optax.adam(1e-3)`; got '
+      f'{inner!r}.'
+    )
+  _base.check_static(seed, 'seed')
+  integral = isinstance(seed, numbers.Integral) and not isinstance(seed, bool)
+  if not integral or not 0 <= int(seed) < 2**32:
+    raise ValueError(
+      f'`seed` must be an integer from 0 to 2**32 - 1; got {seed!r}.'
+    )
+  return optax.with_extra_args_support(inner), int(seed)
+
+
+def check_state(state: Any, expected: type[Any]) -> None:
+  """Raises a ValueError unless ``state`` is the wrapper's own."""
+  if not isinstance(state, expected):
+    raise ValueError(
+      f'`state` must be the {expected.__name__} that `init` returned; got a '
+      f'{type(state).__name__}. A checkpoint is restored into '
+      '`jax.eval_shape(tx.init, params)`, so that containers keep their types.'
     )
 
 
@@ -67,12 +89,11 @@ def laid_out(build: Callable[[Any], Any]) -> Callable[[Any], Any]:
     leaves = dict(jax.tree_util.tree_leaves_with_path(params))
 
     def like_param(path, stored):
-      for start in range(len(path) + 1):  # its longest suffix first
-        param = leaves.get(path[start:])
-        if param is not None:
-          like = functools.partial(_lay_out, param=param)
-          return jax.tree.map(like, stored)
-      return stored
+      _, param_path = _paths.split_path(path, leaves)
+      if param_path not in leaves:
+        return stored
+      like = functools.partial(_lay_out, param=leaves[param_path])
+      return jax.tree.map(like, stored)
 
     return jax.tree_util.tree_map_with_path(
       like_param, build(params), is_leaf=formats.is_stored

@@ -2,6 +2,7 @@
 """The state of any optimizer, kept in any format."""
 
 from collections.abc import Mapping
+import numbers
 from typing import Any, NamedTuple
 
 import chex
@@ -10,6 +11,9 @@ import jax.numpy as jnp
 import optax
 
 from optax_mp import formats
+from optax_mp.formats import _base
+from optax_mp.formats import _paths
+from optax_mp.formats import _rule
 from optax_mp.formats import _tree
 from optax_mp.wrappers import _common
 
@@ -54,9 +58,9 @@ def compressed(
     A transformation whose updates have the dtype that Optax would give them.
 
   Raises:
-    ValueError: if the rule is none; in ``init``, if it names a field that the
-      state does not have, or is for no array at all; in ``update``, if state
-      and gradients have different structures.
+    ValueError: if the rule is none; in ``init``, if it names a field without
+      float arrays, or is for no array at all; in ``update``, if the state was
+      stored by another rule or for other parameters.
 
   Examples:
     >>> import jax, jax.numpy as jnp, optax, optax_mp
@@ -80,37 +84,40 @@ def compressed(
     <https://arxiv.org/abs/2110.02861>`_, 2022 (states stored small, computed
     with in float32)
   """
-  _tree.check_rule(rule)
+  _rule.check_rule(rule)
   _check_min_size(min_size)
-  _common.check_seed(seed)
-  inner = optax.with_extra_args_support(inner)
+  inner, seed = _common.checked(inner, seed)
+
+  def choose(like, params):
+    paths = _paths.param_paths(params)
+    return _rule.leaf_formats(like, rule, min_size, paths)
 
   @_common.laid_out
   def build(params):
     state = inner.init(_common.to_float32(params))
     now = _common.next_key(_common.new_key(seed))[1]
-    return formats.encode_tree(state, rule, now, min_size=min_size)
+    return _tree.encode_leaves(state, choose(state, params), now)
 
   def init_fn(params):
-    _check_matches(_template(inner, params), params, rule, min_size)
+    like = _template(inner, params)
+    _check_matches(like, choose(like, params), params, rule, min_size)
     return CompressedState(build(params), _common.new_key(seed))
 
   def update_fn(updates, state, params=None, **extra_args):
+    _common.check_state(state, CompressedState)
     like = _template(inner, updates)
-    _tree.flatten_like(
-      jax.tree.structure(like), state.inner_state, 'state', 'updates'
-    )
-    inner_state = formats.decode_tree(
-      state.inner_state, like, rule, min_size=min_size
-    )
+    chosen = choose(like, updates)
+    if params is not None:
+      treedef = jax.tree.structure(updates)
+      _paths.flatten_like(treedef, params, 'params', 'updates')
     new_updates, inner_state = inner.update(
       _common.to_float32(updates),
-      inner_state,
+      _tree.decode_leaves(state.inner_state, like, chosen, 'state'),
       None if params is None else _common.to_float32(params),
       **extra_args,
     )
     rng_key, now = _common.next_key(state.rng_key)
-    stored = formats.encode_tree(inner_state, rule, now, min_size=min_size)
+    stored = _tree.encode_leaves(inner_state, chosen, now)
     new_updates = _cast_like(new_updates, updates, params)
     return new_updates, CompressedState(stored, rng_key)
 
@@ -121,33 +128,45 @@ def _template(inner: optax.GradientTransformation, tree: Any) -> Any:
   """Structure, shapes and dtypes of the inner state for float32 parameters."""
 
   def float32(x):
-    floating = jnp.issubdtype(x.dtype, jnp.floating)
-    narrow = floating and jnp.finfo(x.dtype).bits < 32
+    narrow = x.dtype in (jnp.bfloat16, jnp.float16)
     return jax.ShapeDtypeStruct(x.shape, jnp.float32 if narrow else x.dtype)
 
   return jax.eval_shape(inner.init, jax.tree.map(float32, tree))
 
 
 def _cast_like(new_updates: Any, updates: Any, params: Any) -> Any:
-  """Updates in the dtype that gradient and parameter promote to."""
-  dtypes = jax.tree.map(
-    jnp.result_type, updates, updates if params is None else params
-  )
-  return jax.tree.map(lambda u, dtype: u.astype(dtype), new_updates, dtypes)
+  """Updates in the dtype that gradient and parameter promote to, as Optax's."""
+
+  def cast(u, gradient, param):
+    if not _rule.is_float(u):
+      return u
+    with jax.numpy_dtype_promotion('standard'):
+      return u.astype(jnp.promote_types(gradient.dtype, param.dtype))
+
+  params = updates if params is None else params
+  return jax.tree.map(cast, new_updates, updates, params)
 
 
-def _check_matches(like: Any, params: Any, rule: Any, min_size: int) -> None:
+def _check_matches(
+  like: Any, chosen: Any, params: Any, rule: Any, min_size: int
+) -> None:
   """Raises a ValueError if the rule does nothing, or part of it does."""
   if not jax.tree.leaves(params):
     return  # `optax.tree.map_params` and empty groups of `optax.partition`
-  paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(like)]
-  known = {field for path in paths for field in _tree.fields(path)}
+  paths = _paths.param_paths(params)
+  known = {
+    field
+    for path, leaf in jax.tree_util.tree_leaves_with_path(like)
+    if _rule.is_float(leaf)
+    for field in _paths.fields(_paths.split_path(path, paths)[0])
+  }
   if isinstance(rule, Mapping) and (unknown := set(rule) - known):
     raise ValueError(
-      f'`rule` names the state fields {sorted(unknown)}, but the state has '
-      f'{sorted(known)}. Use those names, or a function (path, leaf) -> format.'
+      f'`rule` names the state fields {sorted(unknown)}; got a state with '
+      f'float arrays in {sorted(known)}. Use those names, or a function '
+      '(path, leaf) -> format.'
     )
-  if not any(_tree.leaf_formats(like, rule, min_size)):
+  if not any(chosen):
     shapes = sorted({str(leaf.shape) for leaf in jax.tree.leaves(like)})
     raise ValueError(
       f'`rule` matches no leaf: got {rule!r} with min_size={min_size} for a '
@@ -157,8 +176,9 @@ def _check_matches(like: Any, params: Any, rule: Any, min_size: int) -> None:
 
 
 def _check_min_size(min_size: Any) -> None:
-  if type(min_size) is not int or min_size < 0:
+  _base.check_static(min_size, 'min_size')
+  integral = isinstance(min_size, numbers.Integral)
+  if not integral or isinstance(min_size, bool) or min_size < 0:
     raise ValueError(
-      f'`min_size` must be a Python int, 0 or more; got {min_size!r}. Under '
-      '`optax.inject_hyperparams` name it in `static_args`.'
+      f'`min_size` must be an integer, 0 or more; got {min_size!r}.'
     )

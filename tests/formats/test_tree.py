@@ -12,7 +12,8 @@ import pytest
 
 from optax_mp import formats
 from optax_mp.formats import _base
-from optax_mp.formats import _tree
+from optax_mp.formats import _paths
+from optax_mp.formats import _rule
 
 SPLIT = formats.Split(16)
 NEAR = formats.Split(8)
@@ -50,7 +51,7 @@ def stored_paths(tree, rule, **kwargs):
   leaves = jax.tree_util.tree_leaves_with_path(
     stored, is_leaf=formats.is_stored
   )
-  return {_tree.path_str(p) for p, leaf in leaves if formats.is_stored(leaf)}
+  return {_paths.path_str(p) for p, leaf in leaves if formats.is_stored(leaf)}
 
 
 FLOATS = {
@@ -219,7 +220,7 @@ def test_unknown_rules_are_refused(rule, name, got, function):
 )
 def test_check_rule_accepts(rule):
   """What a function returns is seen only where it is called."""
-  _tree.check_rule(rule)
+  _rule.check_rule(rule)
 
 
 @pytest.mark.parametrize(

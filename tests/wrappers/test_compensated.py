@@ -286,9 +286,97 @@ def test_wrong_residual_bits(bits):
     optax_mp.compensated(optax.sgd(0.1), bits)
 
 
-def test_wrong_seed():
-  with pytest.raises(ValueError, match='`seed` must be a Python int; got 0.5'):
-    optax_mp.compensated(optax.sgd(0.1), seed=0.5)
+@pytest.mark.parametrize('seed', [0.5, -1, 2**32, True, None])
+def test_wrong_seed(seed):
+  with pytest.raises(ValueError, match='`seed` must be an integer from 0 to'):
+    optax_mp.compensated(optax.sgd(0.1), seed=seed)
+
+
+@pytest.mark.parametrize('inner', [optax.sgd, 1e-3, None])
+def test_no_inner_transformation(inner):
+  with pytest.raises(ValueError, match='`inner` must be an Optax'):
+    optax_mp.compensated(inner)
+  with pytest.raises(ValueError, match='`inner` must be an Optax'):
+    optax_mp.compressed(inner, formats.Split(8))
+
+
+def test_numpy_integers_are_integers():
+  tx = optax_mp.compensated(
+    optax.sgd(0.1), np.int64(8), seed=np.uint32(2**32 - 1)
+  )
+  state = tx.init(jnp.ones(3, jnp.bfloat16))
+  assert state.residual.dtype == jnp.uint8
+
+
+def test_the_state_of_something_else():
+  tx = optax_mp.compensated(optax.sgd(0.1))
+  params = jnp.ones(3, jnp.bfloat16)
+  with pytest.raises(ValueError, match='`state` must be the CompensatedState'):
+    tx.update(params, tx.init(params).inner_state, params)
+
+
+def test_gradients_of_another_shape():
+  tx = optax_mp.compensated(optax.sgd(0.1))
+  params = jnp.ones(3, jnp.bfloat16)
+  with pytest.raises(ValueError, match=r'`updates` has the shape \(4, 3\)'):
+    tx.update(jnp.ones((4, 3)), tx.init(params), params)
+
+
+def test_the_same_under_x64_with_wide_updates():
+  """Exact: float64 updates are added as `optax.apply_updates` adds them."""
+  with jax.enable_x64(True):
+    inner = optax.stateless(lambda g, p: g.astype(jnp.float64) * -0.0123)
+    tx = optax_mp.compensated(inner)
+    params = jnp.asarray(np.linspace(-1, 1, 1000), jnp.bfloat16)
+    params32 = params.astype(jnp.float32)
+    state = tx.init(params)
+    for step in range(5):
+      grads = jnp.sin(step + params32)
+      params, state = _eager(tx, grads, state, params)
+      params32, _ = _eager(inner, grads, inner.init(params32), params32)
+    master = checkpoint.to_float32(params, state)
+    chex.assert_trees_all_equal(master, params32)
+
+
+def test_gradients_of_integers():
+  """`jax.grad(..., allow_int=True)` gives float0, which Optax's masks skip."""
+  mask = {'w': True, 'i': False}
+  params = {'w': jnp.ones((8, 8), jnp.bfloat16), 'i': jnp.arange(3)}
+
+  def loss(params):
+    return jnp.sum(params['w'].astype(jnp.float32))
+
+  grads = jax.grad(loss, allow_int=True)(params)
+  inner = optax.masked(optax.adam(0.1), mask)
+  for tx in (
+    optax_mp.compensated(inner),
+    optax_mp.compressed(inner, formats.Split(8), min_size=0),
+  ):
+    updates, _ = tx.update(grads, tx.init(params), params)
+    assert jnp.all(updates['w'] < 0)
+    assert updates['i'].dtype == jax.dtypes.float0
+
+
+def test_groups_of_a_partition_get_different_noise():
+  """Also where both groups have the same seed and state."""
+  groups = {k: optax_mp.compensated(optax.sgd(1.0), 0) for k in 'xy'}
+  tx = optax.partition(groups, {'a': 'x', 'b': 'y'})
+  params = {k: jnp.ones(1000, jnp.bfloat16) for k in 'ab'}
+  grads = jax.tree.map(lambda p: jnp.full(p.shape, 1e-3), params)
+  new, _ = _jitted(tx, grads, tx.init(params), params)
+  correlation = np.corrcoef(new['a'] == 1, new['b'] == 1)[0, 1]
+  assert abs(correlation) < 5 / np.sqrt(1000)
+
+
+def test_state_and_parameter_get_different_noise():
+  rule = formats.BFloat16('stochastic')
+  small = optax_mp.compressed(optax.trace(0.9), rule, min_size=0)
+  tx = optax_mp.compensated(small, 0)
+  params, grads = jnp.ones(1000, jnp.bfloat16), jnp.full(1000, 1.001)
+  new, state = _jitted(tx, grads, tx.init(params), params)
+  trace = state.inner_state.inner_state.trace
+  correlation = np.corrcoef(new > 2, trace > 1)[0, 1]
+  assert abs(correlation) < 5 / np.sqrt(1000)
 
 
 def test_missing_params():

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`compressed`: the state of any optimizer in any format."""
 
+from typing import NamedTuple
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -129,9 +131,7 @@ def test_a_function_that_returns_no_format():
 
 
 def test_unknown_state_field():
-  with pytest.raises(
-    ValueError, match=r"fields \['nuu'\].*'count', 'mu', 'nu'"
-  ):
+  with pytest.raises(ValueError, match=r"fields \['nuu'\].*'mu', 'nu'"):
     _adam_state({'nuu': SPLIT})
 
 
@@ -152,8 +152,83 @@ def test_a_rule_that_matches_no_leaf(inner, rule, min_size):
 
 @pytest.mark.parametrize('min_size', [-1, 0.5, '4096', None])
 def test_wrong_min_size(min_size):
-  with pytest.raises(ValueError, match='`min_size` must be a Python int'):
+  with pytest.raises(ValueError, match='`min_size` must be an integer'):
     optax_mp.compressed(optax.adam(1e-3), SPLIT, min_size=min_size)
+
+
+def test_a_field_without_floats():
+  with pytest.raises(ValueError, match=r"fields \['count'\]"):
+    _adam_state({'mu': SPLIT, 'count': SPLIT})
+
+
+class Fields(NamedTuple):
+  mu: jax.Array
+  nu: jax.Array
+
+
+def test_fields_of_the_parameters_are_no_state_fields():
+  params = Fields(jnp.ones((8, 8)), jnp.ones((8, 8)))
+  rule = {'nu': formats.BFloat16()}
+  tx = optax_mp.compressed(optax.adam(1e-3), rule, min_size=0)
+  state = tx.init(params).inner_state[0]
+  assert {x.dtype for x in state.mu} == {jnp.dtype('float32')}
+  assert {x.dtype for x in state.nu} == {jnp.dtype('bfloat16')}
+  tx = optax_mp.compressed(optax.trace(0.9), rule, min_size=0)
+  with pytest.raises(ValueError, match=r"fields \['nu'\]"):
+    tx.init(params)
+
+
+@pytest.mark.parametrize(
+  'before, after',
+  [
+    (formats.Split(16), SPLIT),
+    (formats.SplitFloat16(8), SPLIT),
+    (formats.BFloat16(), SPLIT),
+    (SPLIT, formats.BFloat16()),
+    (SPLIT, lambda path, leaf: SPLIT if 'mu' in path else None),
+  ],
+)
+def test_a_state_stored_by_another_rule(before, after):
+  tx = optax_mp.compressed(optax.adam(1e-3), before)
+  other = optax_mp.compressed(optax.adam(1e-3), after)
+  params = _params()
+  message = r"`state` has .* at '0/.u/embed', but .* there: rule.*`init`"
+  with pytest.raises(ValueError, match=message):
+    jax.jit(other.update)(params, tx.init(params), params)
+
+
+def test_a_state_of_another_shape_or_min_size():
+  tx = optax_mp.compressed(optax.adam(1e-3), SPLIT, min_size=0)
+  state = tx.init(_params())
+  tall = jax.tree.map(lambda p: jnp.ones((4, *p.shape)), _params())
+  with pytest.raises(ValueError, match=r'`state` has .*\(64, 64\)'):
+    tx.update(tall, state, tall)
+  other = optax_mp.compressed(optax.adam(1e-3), SPLIT, min_size=4096)
+  with pytest.raises(ValueError, match="at '0/mu/layer/bias', but no format"):
+    other.update(_params(), state, _params())
+
+
+def test_the_state_of_something_else():
+  tx = optax_mp.compressed(optax.adam(1e-3), SPLIT)
+  state = tx.init(_params()).inner_state
+  with pytest.raises(ValueError, match='`state` must be the CompressedState'):
+    tx.update(_params(), state, _params())
+
+
+def test_parameters_of_another_structure():
+  tx = optax_mp.compressed(optax.adam(1e-3), SPLIT)
+  params = _params()
+  with pytest.raises(ValueError, match='`params` does not have the structure'):
+    tx.update(params, tx.init(params), {'embed': params['embed']})
+
+
+def test_strict_promotion():
+  params = _params(jnp.bfloat16)
+  grads = _params()
+  tx = optax_mp.compressed(optax.trace(0.9), SPLIT)
+  with jax.numpy_dtype_promotion('strict'):
+    updates, _ = tx.update(grads, tx.init(params), params)
+  assert updates['embed'].dtype == jnp.float32
 
 
 def test_structure_changed_since_init():

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rules: which leaf of a state is kept in which format."""
+
+from collections.abc import Callable, Collection, Mapping
+import math
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from optax_mp.formats import _base
+from optax_mp.formats import _paths
+
+Rule: TypeAlias = (
+  _base.Format
+  | Mapping[str, _base.Format | None]
+  | Callable[[str, Any], _base.Format | None]
+)
+
+
+def leaf_formats(
+  tree: Any,
+  rule: Rule,
+  min_size: int = 0,
+  params: Collection[_paths.Path] = (),
+) -> list[_base.Format | None]:
+  """The format of each leaf of ``tree``, in their order.
+
+  Args:
+    tree: a state of arrays or ShapeDtypeStructs.
+    rule: see :func:`encode_tree`.
+    min_size: smaller leaves stay as they are, as all that are not floats do.
+    params: paths of the parameters, whose own fields are no state fields.
+
+  Returns:
+    A format or None for each leaf.
+  """
+  check_rule(rule)
+  return [
+    _choose(rule, path, leaf, params) if is_float(leaf, min_size) else None
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+  ]
+
+
+def check_rule(rule: Any) -> None:
+  """Raises a ValueError unless ``rule`` is one of the three kinds of rule."""
+  if isinstance(rule, Mapping):
+    for field, format in rule.items():
+      if format is not None:
+        _base.check_format(format, f'rule[{field!r}]')
+  elif not callable(rule) or isinstance(rule, type):
+    _base.check_format(rule, 'rule')
+
+
+def is_float(leaf: Any, min_size: int = 0) -> bool:
+  """Floating-point and large enough; integers and small leaves stay alone."""
+  floating = jnp.issubdtype(leaf.dtype, jnp.floating)
+  return floating and math.prod(leaf.shape) >= min_size
+
+
+def _choose(
+  rule: Rule, path: _paths.Path, leaf: Any, params: Collection[_paths.Path]
+) -> _base.Format | None:
+  """What the rule says of one leaf."""
+  if isinstance(rule, Mapping):
+    state_path, _ = _paths.split_path(path, params)
+    named = [field for field in _paths.fields(state_path) if field in rule]
+    return rule[named[0]] if named else None
+  if isinstance(rule, _base.Format):
+    return rule
+  name = _paths.path_str(path)
+  format = rule(name, leaf)
+  if format is not None:
+    _base.check_format(format, f'rule({name!r}, ...)')
+  return format
