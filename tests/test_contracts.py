@@ -313,17 +313,19 @@ def assert_near_optimum(param, optimum):
   assert (np.abs(np.asarray(param, np.float32) - optimum) <= 8 * unit).all()
 
 
+@pytest.mark.parametrize('wrapper', ['compressed', 'compensated-16', 'both'])
 @pytest.mark.parametrize(
   'optimizer', [name for name in tables.OPTIMIZERS if name != 'sm3']
 )
-def test_schedule_equals_float_and_compiles_once(optimizer):
+def test_schedule_equals_float_and_compiles_once(optimizer, wrapper):
   """All but Optax's sm3, which takes no schedule."""
   row = tables.OPTIMIZERS[optimizer]
   rate = inspect.signature(row).parameters['lr'].default
-  params = {'kernel': small_tree(BF16)['kernel']}
+  dtype = jnp.float32 if wrapper == 'compressed' else BF16
+  params = {'kernel': small_tree(dtype)['kernel']}
   ends = []
   for lr in (rate, optax.constant_schedule(rate)):
-    tx = make(optimizer, 'both', lr=lr)
+    tx = make(optimizer, wrapper, lr=lr)
     step = once(step_fn(tx, unexpected=1))
     carry = params, jax.jit(tx.init)(params)
     for seed in range(10):
@@ -432,6 +434,15 @@ def assert_alone(tx, name, params, gradients, updates):
   assert_same_bits(updates[name], expected[name])
 
 
+@pytest.mark.parametrize(('optimizer', 'wrapper'), PAIRS)
+def test_multi_steps_keeps_shapes_and_dtypes(optimizer, wrapper):
+  tx = optax.MultiSteps(make(optimizer, wrapper), every_k_schedule=4)
+  params = small_tree(BF16, jnp.float32)
+  state = jax.eval_shape(tx.init, params)
+  carry = jax.eval_shape(step_fn(tx), params, state, params)
+  chex.assert_trees_all_equal_shapes_and_dtypes(carry, (params, state))
+
+
 @pytest.mark.parametrize('wrapper', tables.WRAPPERS)
 def test_multi_steps(wrapper):
   """Nothing moves before the fourth micro-step."""
@@ -498,10 +509,10 @@ def test_inject_hyperparams(wrapper, inject):
   chex.assert_trees_all_close(exact, expected, rtol=0.0, atol=4 * 2 * unit)
 
 
-@pytest.mark.parametrize('optimizer', tables.OPTIMIZERS)
-def test_inject_hyperparams_around_every_optimizer(optimizer):
+@pytest.mark.parametrize(('optimizer', 'wrapper'), PAIRS)
+def test_inject_hyperparams_around_every_optimizer(optimizer, wrapper):
   """Traced: no wrapper asks for the value of a number."""
-  tx = inject_outside('both', optimizer)
+  tx = inject_outside(wrapper, optimizer)
   params = {'kernel': jnp.ones((4, 3), BF16)}
   state = jax.eval_shape(tx.init, params)
   carry = jax.eval_shape(step_fn(tx), params, state, params)
