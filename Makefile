@@ -23,7 +23,7 @@ doctest: .venv/test
 oldest:
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/pip install -q -e '.[test]' -c .ci/oldest.txt
-	.venv-oldest/bin/pytest -n 2 --dist worksteal -q
+	.venv-oldest/bin/pytest -n 2 --dist worksteal -q -W ignore::DeprecationWarning
 
 # The numbers in the README, from the last demo.
 readme: .venv/examples
