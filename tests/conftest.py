@@ -5,3 +5,16 @@ import os
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=8'
+
+import jax  # noqa: E402, which reads them
+import pytest  # noqa: E402
+
+
+@pytest.fixture
+def strict():
+  """No dtype and no rank is promoted by accident."""
+  with (
+    jax.numpy_dtype_promotion('strict'),
+    jax.numpy_rank_promotion('raise'),
+  ):
+    yield

@@ -86,13 +86,7 @@ over_rows = pytest.mark.parametrize('row', ROWS)
 over_stochastic = pytest.mark.parametrize('row', STOCHASTIC)
 
 
-@pytest.fixture(autouse=True)
-def strict():
-  with (
-    jax.numpy_dtype_promotion('strict'),
-    jax.numpy_rank_promotion('raise'),
-  ):
-    yield
+pytestmark = pytest.mark.usefixtures('strict')
 
 
 @functools.partial(jax.jit, static_argnums=0)

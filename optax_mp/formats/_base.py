@@ -17,9 +17,10 @@ NamedTuple of arrays that ``encode`` returns, if it returns more than one array.
 
 import abc
 from collections.abc import Hashable
+import dataclasses
 import math
 import numbers
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import chex
 import jax
@@ -177,6 +178,33 @@ def check_static(value: Any, argument: str) -> None:
       f'is; got {value!r}. Under `optax.inject_hyperparams` name it in '
       '`static_args`.'
     )
+
+
+def check_rounding(format: Any) -> None:
+  """Raises a ValueError unless ``format.rounding`` is one of the two."""
+  check_choice(format.rounding, 'rounding', ('nearest', 'stochastic'))
+
+
+@dataclasses.dataclass(frozen=True)
+class Alone:
+  """The settings of formats that keep 16 bits and no residual."""
+
+  rounding: Literal['nearest', 'stochastic'] = 'nearest'
+
+  def __post_init__(self):
+    check_rounding(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class WithResidual:
+  """The settings of formats that keep 16 bits and a residual."""
+
+  residual_bits: Literal[16, 8] = 16
+  rounding: Literal['nearest', 'stochastic'] = 'nearest'
+
+  def __post_init__(self):
+    check_choice(self.residual_bits, 'residual_bits', (16, 8))
+    check_rounding(self)
 
 
 def check_key(key: chex.PRNGKey | None, format: Format) -> chex.PRNGKey:

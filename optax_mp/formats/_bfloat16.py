@@ -2,7 +2,6 @@
 """bfloat16: two bytes, 8 significant bits, the range of float32."""
 
 import dataclasses
-from typing import Literal
 
 import chex
 import jax
@@ -13,7 +12,7 @@ from optax_mp.formats import _rounding
 
 
 @dataclasses.dataclass(frozen=True)
-class BFloat16:
+class BFloat16(_base.Alone):
   r"""Keeps an array in bfloat16.
 
   **Stored:** one bfloat16 array of the same shape, 2 bytes per value.
@@ -52,11 +51,6 @@ class BFloat16:
     Zamirai et al., `Revisiting BFloat16 Training
     <https://arxiv.org/abs/2010.06192>`_, 2020
   """
-
-  rounding: Literal['nearest', 'stochastic'] = 'nearest'
-
-  def __post_init__(self):
-    _base.check_choice(self.rounding, 'rounding', ('nearest', 'stochastic'))
 
   def encode(
     self, x: chex.Array, key: chex.PRNGKey | None = None

@@ -6,7 +6,6 @@ the rounding error as a signed fraction of half a unit in the last place.
 """
 
 import dataclasses
-from typing import Literal
 
 import chex
 import jax
@@ -17,7 +16,7 @@ from optax_mp.formats import _rounding
 
 
 @dataclasses.dataclass(frozen=True)
-class Float16:
+class Float16(_base.Alone):
   """Keeps an array in float16.
 
   **Stored:** one float16 array of the same shape, 2 bytes per value, 11
@@ -39,11 +38,6 @@ class Float16:
   **Caveats:** values above 65504 become infinite, below 3e-8 zero: no format
   for second moments. Noise has 24 bits: below 2^-48 'stochastic' is biased.
   """
-
-  rounding: Literal['nearest', 'stochastic'] = 'nearest'
-
-  def __post_init__(self):
-    _base.check_choice(self.rounding, 'rounding', ('nearest', 'stochastic'))
 
   def encode(
     self, x: chex.Array, key: chex.PRNGKey | None = None
@@ -71,7 +65,7 @@ class Float16:
 
 
 @dataclasses.dataclass(frozen=True)
-class SplitFloat16:
+class SplitFloat16(_base.WithResidual):
   r"""Keeps a float32 array as float16 plus a fraction of half its last place.
 
   **Stored:** ``HighLow(high, low)``, of the same shape: ``high`` float16,
@@ -105,13 +99,6 @@ class SplitFloat16:
   References:
     FlashOptim, `arXiv 2602.23349 <https://arxiv.org/abs/2602.23349>`_, 2026
   """
-
-  residual_bits: Literal[16, 8] = 16
-  rounding: Literal['nearest', 'stochastic'] = 'nearest'
-
-  def __post_init__(self):
-    _base.check_choice(self.residual_bits, 'residual_bits', (16, 8))
-    _base.check_choice(self.rounding, 'rounding', ('nearest', 'stochastic'))
 
   def encode(
     self, x: chex.Array, key: chex.PRNGKey | None = None

@@ -2,7 +2,6 @@
 """float32 = bfloat16 + the 16 or 8 bits below it, cut with integers."""
 
 import dataclasses
-from typing import Literal
 
 import chex
 import jax
@@ -13,7 +12,7 @@ from optax_mp.formats import _rounding
 
 
 @dataclasses.dataclass(frozen=True)
-class Split:
+class Split(_base.WithResidual):
   r"""Keeps a float32 array as bfloat16 plus the low bits that rounding removes.
 
   **Stored:** ``HighLow(high, low)``, of the same shape: ``high`` bfloat16,
@@ -70,13 +69,6 @@ class Split:
     <https://arxiv.org/abs/2309.12381>`_, 2023 (extra bits beside half-precision
     weights); the tie rule is that of NVIDIA Transformer Engine's FusedAdam
   """
-
-  residual_bits: Literal[16, 8] = 16
-  rounding: Literal['nearest', 'stochastic'] = 'nearest'
-
-  def __post_init__(self):
-    _base.check_choice(self.residual_bits, 'residual_bits', (16, 8))
-    _base.check_choice(self.rounding, 'rounding', ('nearest', 'stochastic'))
 
   def encode(
     self, x: chex.Array, key: chex.PRNGKey | None = None
