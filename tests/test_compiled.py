@@ -110,6 +110,20 @@ def test_the_error_of_a_format_is_not_folded_away(name, target):
 
 
 @pytest.mark.parametrize('target', TARGETS)
+@pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize('bits', [16, 8])
+def test_the_residual_of_a_step_is_not_folded_away(bits, dtype, target):
+  """Exact: nothing is subtracted from itself, no residual is a constant."""
+  tx = optax_mp.compensated(optax.sgd(1e-3), bits)
+  params = jax.ShapeDtypeStruct((256, 256), dtype)
+  compiled, _ = _compile(target, tx, params)
+  text = compiled.as_text()
+  assert not _folded(text)
+  written = re.findall(rf'= \(?[us]{bits}\[256,256\][^\n]*? (\w+)\(', text)
+  assert written and 'broadcast' not in written
+
+
+@pytest.mark.parametrize('target', TARGETS)
 def test_the_test_above_sees_folding(target):
   """Where a compiler folds, the naive form is what shows it: the GPU's."""
 

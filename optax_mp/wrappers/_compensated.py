@@ -82,9 +82,8 @@ def compensated(
   **Savings:** 4 bytes per parameter where a float32 master and its bfloat16
   copy take 6; 3 or 2 with fewer residual bits.
 
-  **Caveats:** where a weight shrinks more than 65536-fold in one step, p +
-  (p' - p) may miss p' by a float32 rounding error of p; the residual is then
-  dropped, so that it always belongs to the value the model has.
+  **Caveats:** where a weight shrinks more than 65536-fold in one step (float16:
+  8192-fold), p + (p' - p) may miss p' by a float32 rounding error of p.
   A master too large for the parameter's dtype shows as infinity and does not
   come back. ``optax.apply_if_finite`` and ``value_and_grad_from_state`` want
   updates of the gradients' dtype: give them float32 gradients, or put the

@@ -101,28 +101,17 @@ def step(
   key: chex.PRNGKey,
 ) -> tuple[chex.Array, Any]:
   """One leaf: the new float32 weight -> (update, residual)."""
-  rounded = _common.widen(weight.astype(param.dtype))
-  weight = jnp.where(_lands(weight, param), weight, rounded)
   target, residual = cut(format.encode(weight, key))
   return _difference(target, param), residual
 
 
-def _lands(weight: chex.Array, param: chex.Array) -> jax.Array:
-  """Where p + (p' - p), in float32, is p' for certain.
-
-  It is where p' - p fits into the 24 bits of a float32: where p' has at most 16
-  binary places less than p, with the 8 significant bits of bfloat16 (float16:
-  13 and 11). Very small numbers are flushed to zero by the hardware. Elsewhere
-  the weight is rounded to what the parameter can hold: then its residual is 0,
-  which is right for whatever value the sum has.
-  """
-  shift = 2.0 ** (23 - jnp.finfo(param.dtype).nmant)
-  size = jnp.maximum(jnp.abs(_common.widen(param)), 1e-30)
-  return jnp.abs(weight) * shift >= size
-
-
 def _difference(target: chex.Array, param: chex.Array) -> jax.Array:
   """The float32 number that `optax.apply_updates` adds to land on ``target``.
+
+  It lands where ``target - param`` fits into the 24 bits of a float32: where
+  ``target`` has at most 16 binary places less than ``param``, both with the 8
+  significant bits of bfloat16 (float16: 13 and 11). Elsewhere it may miss by a
+  float32 rounding error of ``param``, far below the residual's reach.
 
   Where nothing changes it is -0.0: the one number that leaves every float as it
   is, -0.0 among them, and infinity - infinity is never computed.
