@@ -20,6 +20,7 @@ from collections.abc import Callable, Generator, Iterator
 import contextlib
 import dataclasses
 import functools
+import json
 import pathlib
 import signal
 import sysconfig
@@ -355,6 +356,23 @@ class Checkpoints:
       )
       path = pathlib.Path(config.checkpoint).absolute()
       self.manager = ocp.CheckpointManager(path, options=options)
+      self.check_same_run(path / 'config.json', config)
+
+  def check_same_run(self, path: pathlib.Path, config: Config) -> None:
+    """Refuses to go on with other settings: the losses would be others."""
+    free = ('checkpoint', 'save_every', 'validate_every', 'validation_batches')
+    now = {k: v for k, v in vars(config).items() if k not in free}
+    if not path.exists():
+      path.write_text(json.dumps(now))
+    before = json.loads(path.read_text())
+    changed = {
+      k: (before.get(k), now[k]) for k in now if before.get(k) != now[k]
+    }
+    if changed:
+      raise ValueError(
+        f'`checkpoint` {config.checkpoint} is of another run; got (then, now) '
+        f'{changed}. Use the same flags or another folder.'
+      )
 
   def restore(self, built: Setup) -> tuple[State, int]:
     """Returns the latest state and its step, or a fresh one and 0."""
@@ -419,6 +437,7 @@ def parse_arguments() -> Config:
     'optimizer': OPTIMIZERS,
     'update': ('fused', 'separate'),
     'compute_dtype': ('float32', 'bfloat16'),
+    'residual_bits': (16, 8, 0),
   }
   for field in dataclasses.fields(Config):
     flag = '--' + field.name.replace('_', '-')

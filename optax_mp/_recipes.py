@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 import optax
 
 from optax_mp import formats
+from optax_mp.wrappers import _compressed
 from optax_mp.wrappers import compensated
-from optax_mp.wrappers import compressed
 
 _Recipe = TypeVar('_Recipe', bound=Callable[..., Any])
 
@@ -48,7 +48,10 @@ def _like(base: Callable[..., Any], **defaults: Any):
 
 def _in_bfloat16(inner, residual_bits: int, min_size: int, seed: int):
   """bfloat16 parameters and moments, the errors of both fed back."""
-  small = compressed(inner, formats.Split(8), min_size=min_size, seed=seed)
+  # A group of biases alone has nothing to compress, and that is no mistake.
+  small = _compressed.keep_compressed(
+    inner, formats.Split(8), min_size, seed, may_do_nothing=True
+  )
   return compensated(small, residual_bits, seed=seed)
 
 
@@ -69,14 +72,16 @@ def adamw_bf16(
     *args: arguments of ``optax.adamw``: ``learning_rate, b1, b2, ...``.
     residual_bits: 16, 8 or 0 bits beside each bfloat16 parameter.
     min_size: moments with fewer values than this stay float32.
-    seed: for the stochastic rounding of 8 and 0 residual bits.
+    seed: for the stochastic rounding of 8 and 0 residual bits. These three are
+      ``static_args`` under ``optax.inject_hyperparams``.
     **kwargs: arguments of ``optax.adamw``: ``weight_decay, mask, ...``.
 
   Returns:
     A transformation for bfloat16 parameters; see :func:`compensated`.
 
   Raises:
-    ValueError: as :func:`compensated` and :func:`compressed` do.
+    ValueError: as :func:`compensated` does; for ``mu_dtype``, whose place the
+      format takes.
 
   Examples:
     >>> import jax.numpy as jnp, optax_mp
@@ -111,15 +116,16 @@ def sgdm_bf16(
       ``momentum`` is 0.9 unless given.
     residual_bits: 16, 8 or 0 bits beside each bfloat16 parameter.
     min_size: momenta with fewer values than this stay float32.
-    seed: for the stochastic rounding of 8 and 0 residual bits.
+    seed: for the stochastic rounding of 8 and 0 residual bits. These three are
+      ``static_args`` under ``optax.inject_hyperparams``.
     **kwargs: arguments of ``optax.sgd``: ``nesterov, ...``.
 
   Returns:
     A transformation for bfloat16 parameters; see :func:`compensated`.
 
   Raises:
-    ValueError: as :func:`compensated` and :func:`compressed` do; for
-      ``momentum=None``, which leaves no state to compress.
+    ValueError: as :func:`compensated` does; for ``momentum=None``, which leaves
+      no state to compress, and for ``accumulator_dtype``.
 
   Examples:
     >>> import jax.numpy as jnp, optax_mp
@@ -136,6 +142,11 @@ def sgdm_bf16(
   """
   bound = inspect.signature(sgdm_bf16).bind_partial(*args, **kwargs)
   bound.apply_defaults()
+  if bound.arguments['momentum'] is None:
+    raise ValueError(
+      '`momentum` must be a number; got None, which leaves no state to keep in '
+      'bfloat16. Use `compensated(optax.sgd(...))`.'
+    )
   names = inspect.signature(optax.sgd).parameters
   inner = optax.sgd(**{name: bound.arguments[name] for name in names})
   return _in_bfloat16(inner, residual_bits, min_size, seed)
@@ -155,14 +166,16 @@ def lion_bf16(
     *args: arguments of ``optax.lion``: ``learning_rate, b1, b2, ...``.
     residual_bits: 16, 8 or 0 bits beside each bfloat16 parameter.
     min_size: momenta with fewer values than this stay float32.
-    seed: for the stochastic rounding of 8 and 0 residual bits.
+    seed: for the stochastic rounding of 8 and 0 residual bits. These three are
+      ``static_args`` under ``optax.inject_hyperparams``.
     **kwargs: arguments of ``optax.lion``: ``weight_decay, mask, ...``.
 
   Returns:
     A transformation for bfloat16 parameters; see :func:`compensated`.
 
   Raises:
-    ValueError: as :func:`compensated` and :func:`compressed` do.
+    ValueError: as :func:`compensated` does; for ``mu_dtype``, whose place the
+      format takes.
 
   Examples:
     >>> import jax.numpy as jnp, optax_mp

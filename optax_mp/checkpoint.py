@@ -203,13 +203,17 @@ def _dtypes(params32: Any, dtype: Any) -> list[Any]:
 
 def _float_dtype(want: Any) -> Any:
   """A dtype, or that of an array, if it is one a parameter can have."""
-  want = want.dtype if isinstance(want, _ARRAYS) else want
-  if want not in (jnp.bfloat16, jnp.float16, jnp.float32):
+  known = {jnp.dtype(d) for d in (jnp.bfloat16, jnp.float16, jnp.float32)}
+  try:
+    dtype = want.dtype if isinstance(want, _ARRAYS) else jnp.dtype(want)
+  except TypeError:
+    dtype = None
+  if dtype not in known:
     raise ValueError(
       f'`dtype` must be bfloat16, float16 or float32, or a tree of these or of '
       f'arrays like `params32`; got {want!r}.'
     )
-  return jnp.dtype(want)
+  return dtype
 
 
 def _is_compensated(node: Any) -> bool:

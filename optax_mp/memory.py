@@ -100,12 +100,9 @@ def plan(
   paths = _paths.param_paths(params)
   state = jax.eval_shape(tx.init, params)
   found = [('params', leaf) for leaf in leaves]
-  found += [
-    (_field(path, paths), leaf)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(
-      state, is_leaf=formats.is_stored
-    )
-  ]
+  stored = jax.tree_util.tree_leaves_with_path(state, is_leaf=formats.is_stored)
+  parts = _paths.split_paths([path for path, _ in stored], paths)
+  found += [(_field(parts[path][0]), leaf) for path, leaf in stored]
   if gradients is not None:
     found += [
       ('gradients', jax.ShapeDtypeStruct(leaf.shape, dtype))
@@ -205,9 +202,9 @@ def _gradient_dtypes(leaves: list[Any], dtype: Any) -> list[tuple[Any, Any]]:
   ]
 
 
-def _field(path: Any, params: Any) -> str:
+def _field(path: Any) -> str:
   """The name of the state field that a leaf belongs to."""
-  names = _paths.fields(_paths.split_path(path, params)[0])
+  names = _paths.fields(path)
   return names[-1] if names else 'state'
 
 

@@ -118,6 +118,14 @@ def test_ctrl_c_saves_the_last_finished_step(tmp_path):
   assert len(missing) <= 1  # saved, but never reported
 
 
+def test_another_run_is_not_resumed(tmp_path):
+  config = _config(checkpoint=str(tmp_path))
+  _losses(config, 2)
+  other = dataclasses.replace(config, learning_rate=0.5)
+  with pytest.raises(ValueError, match=r"'learning_rate': \(0.001, 0.5\)"):
+    _losses(other)
+
+
 def test_the_text_is_split_and_batches_depend_on_seed_and_step_only():
   text, validation = train_gpt.load_text()
   assert len(text) > 1e6 and abs(len(validation) / len(text) - 1 / 9) < 1e-3

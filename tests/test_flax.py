@@ -237,3 +237,26 @@ def test_nnx_optimizer_gives_its_float32_weights():
   ):
     stored = formats.HighLow(param, residual)
     assert_same_bits(x, formats.Split(8).decode(stored, x))
+
+
+@pytest.mark.parametrize(
+  'wrap',
+  [
+    lambda tx: optax.MultiSteps(tx, 2),
+    lambda tx: optax.chain(
+      optax.stateless(lambda g, p: optax.tree.cast(g, jnp.float32)),
+      optax.apply_if_finite(tx, 5),
+    ),
+  ],
+)
+def test_nnx_optimizer_around_what_merges_states(wrap):
+  """Flax keeps NamedTuples as mappings; they must come out as they went in."""
+  model = NNXMLP(nnx.Rngs(0))
+  tx = wrap(optax_mp.adamw_bf16(1e-2, min_size=0))
+  optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+  before = [np.asarray(x, np.float32) for x in leaves(nnx.state(model))]
+  for _ in range(4):
+    gradients = nnx.grad(lambda m: error(m(INPUTS)))(model)
+    optimizer.update(model, gradients)
+  after = [np.asarray(x, np.float32) for x in leaves(nnx.state(model))]
+  assert all((x != y).any() for x, y in zip(before, after, strict=True))

@@ -65,8 +65,24 @@ def test_unknown_arguments_are_refused():
     optax_mp.lion_bf16(1e-3, residual_bits=4)
 
 
-def test_small_models_are_told_to_lower_min_size():
-  tx = optax_mp.adamw_bf16(1e-3)
-  with pytest.raises(ValueError, match='Lower `min_size`'):
-    tx.init(jnp.ones(10, jnp.bfloat16))
-  optax_mp.adamw_bf16(1e-3, min_size=0).init(jnp.ones(10, jnp.bfloat16))
+def test_groups_of_small_leaves():
+  """Weight decay for matrices only, by groups, as many programs do it."""
+  groups = {
+    'decay': optax_mp.adamw_bf16(1e-3, weight_decay=0.1),
+    'none': optax_mp.adamw_bf16(1e-3, weight_decay=0.0),
+  }
+  tx = optax.partition(groups, {'w': 'decay', 'b': 'none'})
+  params = {
+    'w': jnp.ones((64, 64), jnp.bfloat16),
+    'b': jnp.ones(64, jnp.bfloat16),
+  }
+  updates, _ = tx.update(params, tx.init(params), params)
+  chex.assert_tree_all_finite(updates)
+
+
+def test_settings_that_a_recipe_cannot_keep():
+  params = {'w': jnp.ones((64, 64), jnp.bfloat16)}
+  with pytest.raises(ValueError, match='`momentum` must be a number; got None'):
+    optax_mp.sgdm_bf16(0.1, momentum=None)
+  with pytest.raises(ValueError, match='Leave out `mu_dtype`'):
+    optax_mp.adamw_bf16(1e-3, mu_dtype=jnp.bfloat16).init(params)

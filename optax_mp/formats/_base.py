@@ -16,7 +16,6 @@ NamedTuple of arrays that ``encode`` returns, if it returns more than one array.
 """
 
 import abc
-from collections.abc import Hashable
 import dataclasses
 import math
 import numbers
@@ -143,7 +142,11 @@ def dtype_bits(dtype: Any) -> int:
 
 def check_format(value: Any, argument: str) -> None:
   """Raises a ValueError that names ``argument`` unless value is a format."""
-  is_format = isinstance(value, Format) and isinstance(value, Hashable)
+  try:
+    hash(value)  # it is a static argument of compiled functions
+    is_format = isinstance(value, Format)
+  except TypeError:
+    is_format = False
   if isinstance(value, type) or not is_format:
     raise ValueError(
       f'`{argument}` must be a format such as `formats.Split(8)`; got '
@@ -176,7 +179,7 @@ def check_static(value: Any, argument: str) -> None:
     raise ValueError(
       f'`{argument}` must be a Python value, since it decides what the program '
       f'is; got {value!r}. Under `optax.inject_hyperparams` name it in '
-      '`static_args`.'
+      "`static_args`, for a recipe ('residual_bits', 'min_size', 'seed')."
     )
 
 

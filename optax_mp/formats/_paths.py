@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where a leaf stands in a tree: its path, its state field, its own noise."""
 
-from collections.abc import Collection
+import collections
+from collections.abc import Collection, Iterable
 import hashlib
 from typing import Any, TypeAlias
 
@@ -16,11 +17,30 @@ Path: TypeAlias = tuple[Any, ...]
 _VARIABLE = ('value', 'raw_value')
 
 
-def path_str(path: Path) -> str:
-  """A path as rules and messages write it: ``'0/mu/layer/kernel'``."""
-  if path and getattr(path[-1], 'name', None) in _VARIABLE:
+def path_str(path: Path, in_variables: bool = False) -> str:
+  """A path as rules and messages write it: ``'0/mu/layer/kernel'``.
+
+  Args:
+    path: keys, as JAX gives them.
+    in_variables: whether the parameters are Flax NNX Variables, see
+      :func:`are_variables`; the attribute they add is then left out, so that a
+      rule sees the same path whether they are or not.
+
+  Returns:
+    The keys, joined by slashes.
+  """
+  if in_variables and path and _name(path[-1]) in _VARIABLE:
     path = path[:-1]
   return jax.tree_util.keystr(path, simple=True, separator='/')
+
+
+def are_variables(params: Collection[Path]) -> bool:
+  """True where every parameter is kept in a Variable of Flax NNX."""
+  return bool(params) and all(p and _name(p[-1]) in _VARIABLE for p in params)
+
+
+def _name(key: Any) -> Any:
+  return getattr(key, 'name', None)
 
 
 def param_paths(params: Any) -> frozenset[Path]:
@@ -29,16 +49,35 @@ def param_paths(params: Any) -> frozenset[Path]:
   return frozenset(path for path, _ in leaves)
 
 
-def split_path(path: Path, params: Collection[Path]) -> tuple[Path, Path]:
-  """Cuts the path of a state's leaf into the state's part and the parameter's.
+def split_paths(
+  paths: Iterable[Path], params: Collection[Path]
+) -> dict[Path, tuple[Path, Path]]:
+  """Cuts paths of a state's leaves into the state's part and the parameter's.
 
   Optax's states keep trees like the parameters, so the path of such a leaf ends
-  with the path of a parameter; the longest such end is cut off.
+  with the path of a parameter. Where several ends do, because a parameter is
+  called like a field, the state's part is the one with the most parameters
+  below it.
+
+  Args:
+    paths: of all leaves of the state.
+    params: of all parameters.
+
+  Returns:
+    For each path (state's part, parameter's path or, if there is none, ()).
   """
-  for start in range(len(path) + 1):
-    if path[start:] in params:
-      return path[:start], path[start:]
-  return path, ()
+  cuts = {
+    path: [i for i in range(len(path) + 1) if path[i:] in params]
+    for path in paths
+  }
+  below = collections.Counter(
+    path[:cut] for path, starts in cuts.items() for cut in starts
+  )
+  found = {}
+  for path, starts in cuts.items():
+    cut = max(starts, key=lambda i, p=path: below[p[:i]], default=len(path))
+    found[path] = (path[:cut], path[cut:])
+  return found
 
 
 def fields(path: Path) -> list[str]:
@@ -46,17 +85,21 @@ def fields(path: Path) -> list[str]:
   return [k.name for k in path if isinstance(k, jax.tree_util.GetAttrKey)]
 
 
-def leaf_key(key: chex.PRNGKey, name: str) -> chex.PRNGKey:
-  """The key of one leaf: the words of ``key`` xor a hash of the leaf's name.
+def leaf_key(key: chex.PRNGKey, path: Path, whose: str = '') -> chex.PRNGKey:
+  """The key of one leaf: the words of ``key`` xor a hash of the leaf's path.
 
-  By name and not by number, so that a leaf's noise does not depend on what else
+  By path and not by number, so that a leaf's noise does not depend on what else
   is in the tree, and leaves of different wrappers and groups differ. Costs no
   arithmetic: the hash is a constant of the program.
   """
   if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-    words = leaf_key(jax.random.key_data(key), name)
+    words = leaf_key(jax.random.key_data(key), path, whose)
     return jax.random.wrap_key_data(words, impl=jax.random.key_impl(key))
-  digest = hashlib.blake2b(name.encode(), digest_size=4 * key.shape[-1])
+  if path and _name(path[-1]) in _VARIABLE:
+    path = path[:-1]  # the same noise inside a Variable and outside
+  # The whole keys: joined by slashes, two paths may read the same.
+  name = (whose + jax.tree_util.keystr(path)).encode()
+  digest = hashlib.blake2b(name, digest_size=4 * key.shape[-1])
   return key ^ np.frombuffer(digest.digest(), np.dtype('<u4')).astype(np.uint32)
 
 
@@ -81,8 +124,8 @@ def flatten_like(
   try:
     return treedef.flatten_up_to(tree)
   except (ValueError, TypeError, KeyError) as error:
-    # Keys come first; behind the second semicolon JAX prints whole arrays.
-    reason = '; '.join(str(error).splitlines()[0].split('; ')[:2])[:160]
+    # Keys come first, then JAX prints whole arrays.
+    reason = str(error).splitlines()[0].split('Array(')[0][:160]
     hint = hint or 'They must have the same containers and keys.'
     raise ValueError(
       f'`{argument}` does not have the structure of `{other}`; got {reason}. '

@@ -36,10 +36,37 @@ def leaf_formats(
     A format or None for each leaf.
   """
   check_rule(rule)
-  return [
-    _choose(rule, path, leaf, params) if is_float(leaf, min_size) else None
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-  ]
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  parts = _paths.split_paths([path for path, _ in leaves], params)
+  variables = _paths.are_variables(params)
+  chosen = []
+  for path, leaf in leaves:
+    format = None
+    if is_float(leaf, min_size):
+      name = _paths.path_str(path, variables)
+      format = _choose(rule, name, leaf, _paths.fields(parts[path][0]))
+    chosen.append(format)
+  return chosen
+
+
+def check_fields(
+  tree: Any, rule: Any, params: Collection[_paths.Path] = ()
+) -> None:
+  """Raises a ValueError if a mapping names a field without float arrays."""
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  parts = _paths.split_paths([path for path, _ in leaves], params)
+  known = {
+    field
+    for path, leaf in leaves
+    if is_float(leaf)
+    for field in _paths.fields(parts[path][0])
+  }
+  if isinstance(rule, Mapping) and (unknown := set(rule) - known):
+    raise ValueError(
+      f'`rule` names the state fields {sorted(map(str, unknown))}; got a state '
+      f'with float arrays in {sorted(known)}. Use those names, or a function '
+      '(path, leaf) -> format.'
+    )
 
 
 def check_rule(rule: Any) -> None:
@@ -59,16 +86,14 @@ def is_float(leaf: Any, min_size: int = 0) -> bool:
 
 
 def _choose(
-  rule: Rule, path: _paths.Path, leaf: Any, params: Collection[_paths.Path]
+  rule: Rule, name: str, leaf: Any, fields: list[str]
 ) -> _base.Format | None:
-  """What the rule says of one leaf."""
+  """What the rule says of one leaf, with its path and its state fields."""
   if isinstance(rule, Mapping):
-    state_path, _ = _paths.split_path(path, params)
-    named = [field for field in _paths.fields(state_path) if field in rule]
+    named = [field for field in fields if field in rule]
     return rule[named[0]] if named else None
   if isinstance(rule, _base.Format):
     return rule
-  name = _paths.path_str(path)
   format = rule(name, leaf)
   if format is not None:
     _base.check_format(format, f'rule({name!r}, ...)')

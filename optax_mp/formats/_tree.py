@@ -53,7 +53,9 @@ def encode_tree(
     >>> stored['w'].low.dtype, stored['step'].dtype
     (dtype('uint8'), dtype('int32'))
   """
-  return encode_leaves(tree, _rule.leaf_formats(tree, rule, min_size), key)
+  chosen = _rule.leaf_formats(tree, rule, min_size)
+  _rule.check_fields(tree, rule)
+  return encode_leaves(tree, chosen, key)
 
 
 def decode_tree(
@@ -97,8 +99,7 @@ def encode_leaves(
     if format is None:
       stored.append(leaf)
       continue
-    name = _paths.path_str(path)
-    own_key = None if key is None else _paths.leaf_key(key, name)
+    own_key = None if key is None else _paths.leaf_key(key, path)
     stored.append(encode(format, leaf, own_key))
   return treedef.unflatten(stored)
 
@@ -162,10 +163,30 @@ def _check_stored(
     raise ValueError(
       f'`{argument}` has {_text(stored)} at {_paths.path_str(path)!r}, but '
       f'{format or "no format"} stores {_text(expected)} there: rule, '
-      '`min_size` or shapes changed since `init`. Use the old ones, or call '
-      '`init` again.'
+      '`min_size` or shapes (of the gradients too) changed since `init`. Use '
+      'the old ones, or call `init` again.'
     )
   return found
+
+
+def in_containers(stored: Any, given: Any, like: Any) -> Any:
+  """Gives each stored leaf the container that the state came in.
+
+  Flax NNX keeps NamedTuples as mappings, and what Optax merges, the states
+  before and after a step, must have one structure.
+  """
+  treedef = jax.tree.structure(like)
+  pairs = zip(
+    treedef.flatten_up_to(stored), treedef.flatten_up_to(given), strict=True
+  )
+  return treedef.unflatten(_contained(x, old) for x, old in pairs)
+
+
+def _contained(x: Any, given: Any) -> Any:
+  if not _base.is_stored(x) or not isinstance(given, Mapping):
+    return x
+  parts = {k: _contained(getattr(x, k), given[k]) for k in given}
+  return type(given)(parts)  # type: ignore[call-arg]
 
 
 def _as_stored(x: Any, expected: Any) -> Any:

@@ -87,16 +87,23 @@ def laid_out(build: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
   def build_laid_out(params):
     leaves = dict(jax.tree_util.tree_leaves_with_path(params))
+    state = build(params)
+    paths = [
+      path
+      for path, _ in jax.tree_util.tree_leaves_with_path(
+        state, is_leaf=formats.is_stored
+      )
+    ]
+    parts = _paths.split_paths(paths, leaves)
 
     def like_param(path, stored):
-      _, param_path = _paths.split_path(path, leaves)
-      if param_path not in leaves:
+      param = leaves.get(parts[path][1])
+      if param is None:
         return stored
-      like = functools.partial(_lay_out, param=leaves[param_path])
-      return jax.tree.map(like, stored)
+      return jax.tree.map(functools.partial(_lay_out, param=param), stored)
 
     return jax.tree_util.tree_map_with_path(
-      like_param, build(params), is_leaf=formats.is_stored
+      like_param, state, is_leaf=formats.is_stored
     )
 
   return jax.jit(build_laid_out)

@@ -115,7 +115,7 @@ def compensated(
     format = _residual.format_of(param.dtype, residual_bits)
     if format is None:
       return delta, optax.EmptyState()
-    key = _paths.leaf_key(key, f'params/{_paths.path_str(path)}')
+    key = _paths.leaf_key(key, path, 'params')
     # Added as `optax.apply_updates` adds: bit for bit what float32 gets.
     weight = (weight + delta).astype(weight.dtype)
     return _residual.step(format, param, weight, key)

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The state of any optimizer, kept in any format."""
 
-from collections.abc import Mapping
 import numbers
 from typing import Any, NamedTuple
 
@@ -52,7 +51,7 @@ def compressed(
       :func:`optax_mp.formats.encode_tree`.
     min_size: arrays with fewer values than this stay as they are, as integers
       do: there is nothing to save, and any array takes 512 bytes on a TPU.
-    seed: for formats that round stochastically.
+    seed: for formats that round stochastically; two in one chain need two.
 
   Returns:
     A transformation whose updates have the dtype that Optax would give them.
@@ -84,6 +83,17 @@ def compressed(
     <https://arxiv.org/abs/2110.02861>`_, 2022 (states stored small, computed
     with in float32)
   """
+  return keep_compressed(inner, rule, min_size, seed, may_do_nothing=False)
+
+
+def keep_compressed(
+  inner: optax.GradientTransformation,
+  rule: formats.Rule,
+  min_size: int,
+  seed: int,
+  may_do_nothing: bool,
+) -> optax.GradientTransformationExtraArgs:
+  """:func:`compressed`; a recipe may have small leaves only."""
   _rule.check_rule(rule)
   _check_min_size(min_size)
   inner, seed = _common.checked(inner, seed)
@@ -99,9 +109,16 @@ def compressed(
     return _tree.encode_leaves(state, choose(state, params), now)
 
   def init_fn(params):
-    like = _template(inner, params)
-    _check_matches(like, choose(like, params), params, rule, min_size)
-    return CompressedState(build(params), _common.new_key(seed))
+    if jax.tree.leaves(params):  # `optax.tree.map_params` has none, nor groups
+      like = _template(inner, params)
+      chosen = choose(like, params)
+      _rule.check_fields(like, rule, _paths.param_paths(params))
+      _check_wide(like, chosen)
+      if not may_do_nothing and all(format is None for format in chosen):
+        raise ValueError(_nothing(like, rule, min_size))
+    # The noise of `init` and of the first step differ.
+    rng_key, _ = _common.next_key(_common.new_key(seed))
+    return CompressedState(build(params), rng_key)
 
   def update_fn(updates, state, params=None, **extra_args):
     _common.check_state(state, CompressedState)
@@ -118,6 +135,7 @@ def compressed(
     )
     rng_key, now = _common.next_key(state.rng_key)
     stored = _tree.encode_leaves(inner_state, chosen, now)
+    stored = _tree.in_containers(stored, state.inner_state, like)
     new_updates = _cast_like(new_updates, updates, params)
     return new_updates, CompressedState(stored, rng_key)
 
@@ -147,32 +165,25 @@ def _cast_like(new_updates: Any, updates: Any, params: Any) -> Any:
   return jax.tree.map(cast, new_updates, updates, params)
 
 
-def _check_matches(
-  like: Any, chosen: Any, params: Any, rule: Any, min_size: int
-) -> None:
-  """Raises a ValueError if the rule does nothing, or part of it does."""
-  if not jax.tree.leaves(params):
-    return  # `optax.tree.map_params` and empty groups of `optax.partition`
-  paths = _paths.param_paths(params)
-  known = {
-    field
-    for path, leaf in jax.tree_util.tree_leaves_with_path(like)
-    if _rule.is_float(leaf)
-    for field in _paths.fields(_paths.split_path(path, paths)[0])
-  }
-  if isinstance(rule, Mapping) and (unknown := set(rule) - known):
-    raise ValueError(
-      f'`rule` names the state fields {sorted(unknown)}; got a state with '
-      f'float arrays in {sorted(known)}. Use those names, or a function '
-      '(path, leaf) -> format.'
-    )
-  if not any(chosen):
-    shapes = sorted({str(leaf.shape) for leaf in jax.tree.leaves(like)})
-    raise ValueError(
-      f'`rule` matches no leaf: got {rule!r} with min_size={min_size} for a '
-      f'state with arrays of shape {", ".join(shapes) or "(none)"}. Lower '
-      '`min_size`, change the rule, or leave out `compressed`.'
-    )
+def _nothing(like: Any, rule: Any, min_size: int) -> str:
+  shapes = sorted({str(leaf.shape) for leaf in jax.tree.leaves(like)})
+  return (
+    f'`rule` matches no leaf: got {rule!r} with min_size={min_size} for a '
+    f'state with arrays of shape {", ".join(shapes) or "(none)"}. Lower '
+    '`min_size`, change the rule, or leave out `compressed`.'
+  )
+
+
+def _check_wide(like: Any, chosen: list[Any]) -> None:
+  """Raises a ValueError where `inner` has rounded a leaf already."""
+  leaves = jax.tree_util.tree_leaves_with_path(like)
+  for (path, leaf), format in zip(leaves, chosen, strict=True):
+    if format is not None and _base.dtype_bits(leaf.dtype) < 32:
+      raise ValueError(
+        f'`inner` keeps {_paths.path_str(path)!r} in {leaf.dtype}; got '
+        f'{format} for it, which would store what is rounded already. Leave '
+        'out `mu_dtype` (or `accumulator_dtype`): the format takes its place.'
+      )
 
 
 def _check_min_size(min_size: Any) -> None:

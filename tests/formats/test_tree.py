@@ -102,7 +102,8 @@ def test_a_mapping_takes_the_outermost_field():
   inner = Moments(None, ONES, ONES)
   tree = Moments(None, inner, inner)
   assert stored_paths(tree, {'mu': None, 'nu': SPLIT}) == {'nu/mu', 'nu/nu'}
-  assert stored_paths({'mu': ONES}, {'mu': SPLIT}) == set()
+  with pytest.raises(ValueError, match='names the state fields ..mu..; got'):
+    stored_paths({'mu': ONES}, {'mu': SPLIT})
 
 
 def test_a_mapping_looks_through_containers():
