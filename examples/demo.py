@@ -27,9 +27,9 @@ import optax
 from rich import progress
 from rich.console import Console
 from rich.table import Table
-import train_gpt
 
 import optax_mp
+import train_gpt
 
 RUNS = {
   'adamw_fp32': 'AdamW, float32',

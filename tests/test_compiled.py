@@ -3,18 +3,18 @@
 
 import re
 
-from deviceless import compile_for
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import tables
-import train_gpt
 
+from deviceless import compile_for
 import optax_mp
 from optax_mp import formats
 from optax_mp import memory
+import tables
+import train_gpt
 
 TARGETS = ['tpu-v5e', 'h100']
 RECIPES = {

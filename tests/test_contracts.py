@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import tables
 
 import optax_mp
 from optax_mp import checkpoint
 from optax_mp import memory
+import tables
 
 BF16 = jnp.bfloat16
 PAIRS = list(itertools.product(tables.OPTIMIZERS, tables.WRAPPERS))

@@ -10,10 +10,10 @@ import threading
 import jax
 import numpy as np
 import pytest
-import train_gpt
 
 import demo
 from optax_mp import memory
+import train_gpt
 
 SMALL = train_gpt.Config(
   layers=2,

@@ -20,9 +20,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 import numpy as np
 import pytest
-import tables
 
 from optax_mp import formats
+import tables
 
 KEY = jax.random.key(17)
 NANS = np.array([0x7FC00000, 0x7FFFFFFF, 0x7F800001, 0xFFFFFFFF], np.uint32)
