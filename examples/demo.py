@@ -62,9 +62,10 @@ def bytes_per_param(built: train_gpt.Setup, dtype) -> dict[str, float]:
   return parts | {'total': plan.bytes_per_param}
 
 
-def run(config: train_gpt.Config, bar: progress.Progress) -> dict:
+def run(
+  config: train_gpt.Config, built: train_gpt.Setup, bar: progress.Progress
+) -> dict:
   """Trains once and returns everything that is shown about it."""
-  built = train_gpt.setup(config)
   task = bar.add_task(RUNS[config.optimizer], total=config.steps)
   curve, seconds = [], []
   for record in train_gpt.train(config, built):
@@ -86,10 +87,8 @@ def run(config: train_gpt.Config, bar: progress.Progress) -> dict:
   }
 
 
-def conditions(steps: int) -> dict:
+def conditions(config: train_gpt.Config, params) -> dict:
   """What the numbers depend on: machine, versions, flags, size."""
-  config = train_gpt.Config(steps=steps, validate_every=50)
-  params = train_gpt.setup(config).shapes.params
   return {
     'machine': {
       'processor': platform.processor() or platform.machine(),
@@ -174,10 +173,11 @@ def main() -> None:
       config = train_gpt.Config(
         optimizer=optimizer, steps=arguments.steps, validate_every=50
       )
-      results[optimizer] = run(config, bar)
+      built = train_gpt.setup(config)
+      results[optimizer] = run(config, built, bar)
   arguments.out.mkdir(parents=True, exist_ok=True)
   plot(results, arguments.out / 'demo.png')
-  told = conditions(arguments.steps) | {'runs': results}
+  told = conditions(config, built.shapes.params) | {'runs': results}
   (arguments.out / 'demo.json').write_text(json.dumps(told, indent=1) + '\n')
   Console().print(table(results))
 

@@ -43,9 +43,7 @@ def to_float32(params: optax.Params, state: optax.OptState) -> optax.Params:
     >>> print(params, optax_mp.checkpoint.to_float32(params, state))
     1 0.999
   """
-  if any(
-    map(_is_compensated, jax.tree.leaves(params, is_leaf=_is_compensated))
-  ):
+  if _compensated_states(params):
     raise ValueError(
       '`params` must be the parameters; got an optimizer state. Call '
       '`to_float32(params, state)`.'
@@ -170,11 +168,9 @@ def _residuals(num_params: int, state: Any) -> list[Any]:
 
   Matched by their order, since `nnx.Optimizer` keeps them in other containers.
   """
-  nodes = jax.tree.leaves(state, is_leaf=_is_compensated)
   found = [
     jax.tree.leaves(node.residual, is_leaf=_is_empty)
-    for node in nodes
-    if _is_compensated(node)
+    for node in _compensated_states(state)
   ]
   if any(len(column) != num_params for column in found):
     raise ValueError(
@@ -214,6 +210,11 @@ def _float_dtype(want: Any) -> Any:
       f'arrays like `params32`; got {want!r}.'
     )
   return dtype
+
+
+def _compensated_states(tree: Any) -> list[Any]:
+  nodes = jax.tree.leaves(tree, is_leaf=_is_compensated)
+  return [node for node in nodes if _is_compensated(node)]
 
 
 def _is_compensated(node: Any) -> bool:

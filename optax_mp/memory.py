@@ -128,9 +128,8 @@ class Report:
 
   def __str__(self) -> str:
     cells = [
-      (field.name.removesuffix('_bytes').replace('_', ' '), value)
-      for field in dataclasses.fields(self)
-      for value in [getattr(self, field.name)]
+      (name.removesuffix('_bytes').replace('_', ' '), size)
+      for name, size in dataclasses.asdict(self).items()
     ]
     return _table(('memory', 'bytes'), cells)
 

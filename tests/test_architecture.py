@@ -83,7 +83,6 @@ def test_only_public_names_outside(folder):
     for name in _imports(path)
     if name.startswith('optax_mp') and '._' in name
   }
-  inside = {part for part, name in private if '.formats._' in name}
-  assert inside <= {'formats'} and len(private) == sum(
-    '.formats._' in name for _, name in private
+  assert all(
+    folder == 'formats' and '.formats._' in name for folder, name in private
   )

@@ -17,6 +17,7 @@ NamedTuple of arrays that ``encode`` returns, if it returns more than one array.
 
 import abc
 import dataclasses
+import functools
 import math
 import numbers
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
@@ -114,10 +115,19 @@ def bits_per_value(format: Format | None, shape: tuple[int, ...]) -> float:
   size = math.prod(shape)
   if size == 0:
     return 0.0
-  x = jax.ShapeDtypeStruct(shape, jnp.float32)
-  key = jax.eval_shape(lambda: jax.random.key(0))
-  stored = x if format is None else jax.eval_shape(format.encode, x, key)
+  dtype = jnp.dtype(jnp.float32)
+  if format is None:
+    return float(dtype_bits(dtype))
+  stored = stored_like(format, shape, dtype)
   return sum(map(array_bits, jax.tree.leaves(stored))) / size
+
+
+@functools.cache
+def stored_like(format: Format, shape: Any, dtype: Any) -> Any:
+  """Structure, shapes and dtypes of what ``format`` stores of an array."""
+  x = jax.ShapeDtypeStruct(shape, dtype)
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  return jax.eval_shape(format.encode, x, key)
 
 
 def array_bits(array: Any) -> int:
@@ -164,13 +174,16 @@ def check_choice(value: Any, argument: str, choices: tuple[Any, ...]) -> None:
     choices: the values allowed, all strings or all integers.
   """
   check_static(value, argument)
-  kind = str if isinstance(choices[0], str) else numbers.Integral
-  if isinstance(value, bool) or not isinstance(value, kind):
-    known = False
-  else:
-    known = value in choices
-  if not known:
+  right_kind = isinstance(value, str)
+  if not isinstance(choices[0], str):
+    right_kind = is_integer(value)
+  if not right_kind or value not in choices:
     raise ValueError(f'`{argument}` must be one of {choices}; got {value!r}.')
+
+
+def is_integer(value: Any) -> bool:
+  """True for the integers of Python and NumPy; a bool is none."""
+  return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def check_static(value: Any, argument: str) -> None:

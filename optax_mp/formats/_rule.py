@@ -36,15 +36,13 @@ def leaf_formats(
     A format or None for each leaf.
   """
   check_rule(rule)
-  leaves = jax.tree_util.tree_leaves_with_path(tree)
-  parts = _paths.split_paths([path for path, _ in leaves], params)
   variables = _paths.are_variables(params)
   chosen = []
-  for path, leaf in leaves:
+  for path, leaf, fields in _leaves(tree, params):
     format = None
     if is_float(leaf, min_size):
       name = _paths.path_str(path, variables)
-      format = _choose(rule, name, leaf, _paths.fields(parts[path][0]))
+      format = _choose(rule, name, leaf, fields)
     chosen.append(format)
   return chosen
 
@@ -53,15 +51,15 @@ def check_fields(
   tree: Any, rule: Any, params: Collection[_paths.Path] = ()
 ) -> None:
   """Raises a ValueError if a mapping names a field without float arrays."""
-  leaves = jax.tree_util.tree_leaves_with_path(tree)
-  parts = _paths.split_paths([path for path, _ in leaves], params)
+  if not isinstance(rule, Mapping):
+    return
   known = {
     field
-    for path, leaf in leaves
+    for _, leaf, fields in _leaves(tree, params)
     if is_float(leaf)
-    for field in _paths.fields(parts[path][0])
+    for field in fields
   }
-  if isinstance(rule, Mapping) and (unknown := set(rule) - known):
+  if unknown := set(rule) - known:
     raise ValueError(
       f'`rule` names the state fields {sorted(map(str, unknown))}; got a state '
       f'with float arrays in {sorted(known)}. Use those names, or a function '
@@ -83,6 +81,15 @@ def is_float(leaf: Any, min_size: int = 0) -> bool:
   """Floating-point and large enough; integers and small leaves stay alone."""
   floating = jnp.issubdtype(leaf.dtype, jnp.floating)
   return floating and math.prod(leaf.shape) >= min_size
+
+
+def _leaves(
+  tree: Any, params: Collection[_paths.Path]
+) -> list[tuple[_paths.Path, Any, list[str]]]:
+  """Path, leaf and state fields of each leaf of a state."""
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  parts = _paths.split_paths([path for path, _ in leaves], params)
+  return [(path, x, _paths.fields(parts[path][0])) for path, x in leaves]
 
 
 def _choose(

@@ -139,14 +139,6 @@ def _decode(format: _base.Format, stored: Any, shape: Any, dtype: Any) -> Any:
   return format.decode(stored, jax.ShapeDtypeStruct(shape, dtype))
 
 
-@functools.cache
-def stored_like(format: _base.Format, shape: Any, dtype: Any) -> Any:
-  """Structure, shapes and dtypes of what ``format`` stores of an array."""
-  x = jax.ShapeDtypeStruct(shape, dtype)
-  key = jax.eval_shape(lambda: jax.random.key(0))
-  return jax.eval_shape(format.encode, x, key)
-
-
 def _check_stored(
   path: _paths.Path,
   stored: Any,
@@ -157,7 +149,7 @@ def _check_stored(
   """Returns what is stored, or a ValueError where another rule stored it."""
   expected = leaf
   if format is not None:
-    expected = stored_like(format, leaf.shape, jnp.dtype(leaf.dtype))
+    expected = _base.stored_like(format, leaf.shape, jnp.dtype(leaf.dtype))
   found = _as_stored(stored, expected)
   if _layout(found) != _layout(expected):
     raise ValueError(

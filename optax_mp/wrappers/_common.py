@@ -3,7 +3,6 @@
 
 from collections.abc import Callable
 import functools
-import numbers
 from typing import Any
 
 import chex
@@ -45,8 +44,7 @@ def checked(
       f'{inner!r}.'
     )
   _base.check_static(seed, 'seed')
-  integral = isinstance(seed, numbers.Integral) and not isinstance(seed, bool)
-  if not integral or not 0 <= int(seed) < 2**32:
+  if not _base.is_integer(seed) or not 0 <= int(seed) < 2**32:
     raise ValueError(
       f'`seed` must be an integer from 0 to 2**32 - 1; got {seed!r}.'
     )

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The state of any optimizer, kept in any format."""
 
-import numbers
 from typing import Any, NamedTuple
 
 import chex
@@ -188,8 +187,7 @@ def _check_wide(like: Any, chosen: list[Any]) -> None:
 
 def _check_min_size(min_size: Any) -> None:
   _base.check_static(min_size, 'min_size')
-  integral = isinstance(min_size, numbers.Integral)
-  if not integral or isinstance(min_size, bool) or min_size < 0:
+  if not _base.is_integer(min_size) or min_size < 0:
     raise ValueError(
       f'`min_size` must be an integer, 0 or more; got {min_size!r}.'
     )

@@ -46,7 +46,7 @@ def dtype_of(param_dtype: Any, residual_bits: int) -> Any:
   format = format_of(param_dtype, residual_bits)
   if format is None or residual_bits == 0:
     return None
-  return _tree.stored_like(format, (), jnp.dtype(jnp.float32)).low.dtype
+  return _base.stored_like(format, (), jnp.dtype(jnp.float32)).low.dtype
 
 
 def no_error(param: chex.Array, residual_bits: int) -> Any:
