@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much memory training takes: from shapes, and from a compiled program."""
+"""The bytes of parameters, state and gradients, counted from shapes alone."""
 
 import collections
 import dataclasses
@@ -12,6 +12,7 @@ import optax
 from optax_mp import formats
 from optax_mp.formats import _base
 from optax_mp.formats import _paths
+from optax_mp.memory import _table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Plan:
       for r in self.rows
     ]
     cells.append(('total', '', '', self.total_bytes, self.bytes_per_param))
-    return _table(header, cells)
+    return _table.table(header, cells)
 
 
 def plan(
@@ -112,65 +113,6 @@ def plan(
   return Plan(_rows(found, num_params), num_params)
 
 
-@dataclasses.dataclass(frozen=True)
-class Report:
-  """What a compiled program needs, in bytes; prints as a table.
-
-  ``jax_debug_nans`` switches donation off: then ``alias_bytes`` is 0.
-  """
-
-  argument_bytes: int
-  output_bytes: int
-  alias_bytes: int  # outputs that reuse the memory of a donated argument
-  temporary_bytes: int
-  generated_code_bytes: int
-  peak_bytes: int  # arguments + outputs - aliased + temporaries + code
-
-  def __str__(self) -> str:
-    cells = [
-      (name.removesuffix('_bytes').replace('_', ' '), size)
-      for name, size in dataclasses.asdict(self).items()
-    ]
-    return _table(('memory', 'bytes'), cells)
-
-
-def report(compiled: jax.stages.Compiled) -> Report:
-  """Reads how much memory a compiled program needs.
-
-  Args:
-    compiled: ``jax.jit(step, donate_argnums=...).lower(...).compile()``.
-
-  Returns:
-    A :class:`Report`.
-
-  Raises:
-    ValueError: if the backend does not tell.
-
-  Examples:
-    >>> import jax, jax.numpy as jnp, optax_mp
-    >>> double = jax.jit(lambda x: 2 * x, donate_argnums=0)
-    >>> compiled = double.lower(jnp.ones((256, 256))).compile()
-    >>> report = optax_mp.memory.report(compiled)
-    >>> report.argument_bytes, report.alias_bytes, report.temporary_bytes
-    (262144, 262144, 0)
-  """
-  stats = compiled.memory_analysis()
-  if stats is None:
-    raise ValueError(
-      f'`compiled` does not tell its memory: got {compiled!r} of a backend '
-      'without `memory_analysis`. Compile for the CPU, a GPU or a TPU.'
-    )
-  sizes = {
-    'argument_bytes': stats.argument_size_in_bytes,
-    'output_bytes': stats.output_size_in_bytes,
-    'alias_bytes': stats.alias_size_in_bytes,
-    'temporary_bytes': stats.temp_size_in_bytes,
-    'generated_code_bytes': stats.generated_code_size_in_bytes,
-  }
-  peak = sum(sizes.values()) - 2 * sizes['alias_bytes']
-  return Report(**sizes, peak_bytes=peak)
-
-
 def _rows(found: list[tuple[str, Any]], num_params: int) -> tuple[Row, ...]:
   """Adds up the leaves that share field and format, in order of appearance."""
   groups = collections.defaultdict(list)
@@ -210,24 +152,3 @@ def _field(path: Any) -> str:
 def _format(leaf: Any) -> str:
   """How a leaf is stored: its dtypes."""
   return ' + '.join(str(x.dtype) for x in jax.tree.leaves(leaf))
-
-
-def _table(header: tuple[str, ...], cells: list[tuple[Any, ...]]) -> str:
-  """Aligns text to the left and numbers to the right."""
-  text = [header] + [tuple(map(_cell, row)) for row in cells]
-  widths = [max(map(len, column)) for column in zip(*text, strict=True)]
-  numeric = [not isinstance(cell, str) for cell in cells[0]]
-  lines = [
-    '  '.join(
-      cell.rjust(width) if number else cell.ljust(width)
-      for cell, width, number in zip(row, widths, numeric, strict=True)
-    )
-    for row in text
-  ]
-  return '\n'.join(line.rstrip() for line in lines)
-
-
-def _cell(value: Any) -> str:
-  if isinstance(value, float):
-    return f'{value:.2f}'
-  return str(value)

@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiles a training step for a TPU or GPU that nobody here owns."""
+
+from collections.abc import Callable, Sequence
+import contextlib
+import dataclasses
+import re
+from typing import Any
+
+import jax
+from jax import export
+
+from optax_mp.memory import _buffers
+from optax_mp.memory import _hlo
+from optax_mp.memory import _installed
+from optax_mp.memory import _targets
+from optax_mp.memory import _worker
+from optax_mp.memory import _xla
+
+Mesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
+
+
+def targets() -> tuple[str, ...]:
+  """Names what :func:`compile_for` can compile for here and now.
+
+  Depends on the extras ``tpu`` and ``gpu``, and on what the installed libtpu
+  knows. Asks it once.
+
+  Returns:
+    Names of devices. Those of TPUs are of one device as JAX has it: a chip, of
+    TPU 7x one of its two cores.
+
+  Examples:
+    >>> import optax_mp
+    >>> 'cpu' in optax_mp.memory.targets()
+    True
+  """
+  installed = [
+    target
+    for target in _targets.TARGETS.values()
+    if not _installed.missing(target.platform)
+  ]
+  tpus = [t.name for t in installed if t.platform == 'tpu']
+  known = _worker.ask('tpu', 'known', *tpus) if tpus else ()
+  return tuple(
+    t.name for t in installed if t.platform != 'tpu' or t.name in known
+  )
+
+
+def compile_for(
+  target: str,
+  fn: Callable[..., Any],
+  *args: Any,
+  donate_argnums: int | Sequence[int] = (),
+  static_argnums: int | Sequence[int] = (),
+  mesh: Mesh | None = None,
+) -> _xla.Compiled:
+  """Compiles a step for a device that need not be here, to see what it takes.
+
+  The compilers are the real ones, XLA's for TPUs and NVIDIA GPUs; they run on
+  any Linux machine, allocate nothing and execute nothing. ``fn`` is traced and
+  lowered here; for a TPU or GPU another process compiles it, which stays for
+  the next call. It knows nothing of this process's ``XLA_FLAGS``, and GPU
+  kernels are not autotuned: their scratch memory may differ a little.
+
+  Args:
+    target: one of :func:`targets`: 'tpu-v5e', 'h100', 'cpu', ...
+    fn: a step, jitted or not; a jitted one keeps its own donated and static
+      arguments and shardings. What it asks of ``jax.default_backend()`` or
+      ``jax.devices()`` it is told of this machine.
+    *args: its arguments: arrays, or ``jax.ShapeDtypeStruct`` in their place.
+    donate_argnums: the arguments whose memory the outputs may reuse.
+    static_argnums: the arguments that are no arrays.
+    mesh: for several devices of one slice or node: the mesh of the arguments'
+      ``NamedSharding``, of any devices or, as a ``jax.sharding.AbstractMesh``,
+      of none. Arguments without sharding are replicated.
+
+  Returns:
+    A :class:`Compiled` for :func:`report`, also if the program is too large for
+    the device.
+
+  Raises:
+    ValueError: if ``target`` is unknown or its compiler not installed, with the
+      command that installs it; if ``mesh`` has not as many devices as a slice.
+    RuntimeError: if the compiler fails for another reason than memory.
+
+  Examples:
+    >>> import jax, jax.numpy as jnp, optax_mp
+    >>> x = jax.ShapeDtypeStruct((1024, 1024), jnp.float32)
+    >>> step = lambda x: 2 * x
+    >>> compiled = optax_mp.memory.compile_for('cpu', step, x, donate_argnums=0)
+    >>> optax_mp.memory.report(compiled).peak_bytes == 4 * 1024**2
+    True
+  """
+  found = _targets.find(target)
+  if missing := _installed.missing(found.platform):
+    raise ValueError(f'`target` {target!r} has no compiler here: {missing}')
+  num_devices = mesh.size if mesh is not None else 1
+  found.topology(num_devices)
+  fn = _jitted(fn, donate_argnums, static_argnums)
+  args = jax.tree.map(_shape, args)
+  with _in(mesh):
+    traced = fn.trace(*args)
+    exported = _export(fn, args, found.platform)
+  if exported.nr_devices not in (1, num_devices):
+    raise ValueError(
+      f'`mesh` must be the one that shards the arguments, of '
+      f'{exported.nr_devices} devices; got {mesh}.'
+    )
+  info = jax.tree.leaves(traced.args_info)
+  donated = tuple(argument.donated for argument in info)
+  axes = tuple(mesh.shape.items()) if mesh is not None else ()
+  job = _xla.Job(found, num_devices, axes, donated)
+  if found.platform == 'cpu':
+    compiled = _xla.compile_exported(exported, job)
+  else:
+    compiled = _worker.ask(found.platform, 'compile', exported.serialize(), job)
+  paths = _paths(traced)
+  return _named(compiled, [paths[i] for i in exported.module_kept_var_idx])
+
+
+def _jitted(fn, donate_argnums, static_argnums) -> Any:
+  """Jits, unless the caller did."""
+  if not isinstance(fn, jax.stages.Wrapped):
+    return jax.jit(
+      fn, donate_argnums=donate_argnums, static_argnums=static_argnums
+    )
+  for name, given in (
+    ('donate_argnums', donate_argnums),
+    ('static_argnums', static_argnums),
+  ):
+    if given != ():
+      raise ValueError(
+        f'`{name}` is for a function that is not jitted; got {given} and a '
+        f'jitted one. Give it to `jax.jit`.'
+      )
+  return fn
+
+
+def _shape(leaf: Any) -> Any:
+  """An array's shape; its sharding if it is of a mesh, not of this machine."""
+  if not (hasattr(leaf, 'shape') and hasattr(leaf, 'dtype')):
+    return leaf
+  sharding = getattr(leaf, 'sharding', None)
+  if not isinstance(sharding, jax.sharding.NamedSharding):
+    sharding = None
+  weak = getattr(leaf, 'weak_type', False)
+  return jax.ShapeDtypeStruct(
+    leaf.shape, leaf.dtype, sharding=sharding, weak_type=weak
+  )
+
+
+def _in(mesh: Mesh | None) -> Any:
+  """The context in which specs without a mesh mean this one."""
+  if mesh is None:
+    return contextlib.nullcontext()
+  return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+
+
+def _export(fn, args, platform: str) -> export.Exported:
+  """Lowers for a platform, to a form that can travel."""
+  exporter = export.export(fn, platforms=[platform])
+  try:
+    exported = exporter(*args)
+  except ValueError as error:
+    # `jax.export` guards programs that are stored against custom calls that may
+    # change (Pallas, Triton, cuDNN). Ours is compiled by the same JAX.
+    names = set(re.findall(r"'([\w.$]+)'", str(error)))
+    if 'custom call' not in str(error) or not names:
+      raise
+    checks = [export.DisabledSafetyCheck.custom_call(name) for name in names]
+    exporter = export.export(fn, platforms=[platform], disabled_checks=checks)
+    exported = exporter(*args)
+  # Containers of the caller's own types cannot be written; arrays can.
+  inputs = ((0,) * len(exported.in_avals), {})
+  return dataclasses.replace(
+    exported,
+    in_tree=jax.tree.structure(inputs),
+    out_tree=jax.tree.structure((0,) * len(exported.out_avals)),
+  )
+
+
+def _paths(traced: jax.stages.Traced) -> list[str]:
+  """What the arguments are called: "params['w']"."""
+  leaves = jax.tree_util.tree_leaves_with_path(traced.args_info)
+  paths = [jax.tree_util.keystr(path) for path, _ in leaves]
+  info = getattr(getattr(traced.jaxpr, 'jaxpr', None), 'debug_info', None)
+  names = getattr(info, 'arg_names', None)
+  return list(names) if names and len(names) == len(paths) else paths
+
+
+def _named(compiled: _xla.Compiled, paths: list[str]) -> _xla.Compiled:
+  """Calls buffers what the user called them."""
+  operations = _hlo.Program(compiled.text).op_names()
+
+  def rename(buffer: _buffers.Buffer) -> _buffers.Buffer:
+    name = operations.get(buffer.name) or buffer.name
+    name = name.removeprefix('jit(call)/call_exported/')  # ours
+    if buffer.kind == 'argument':
+      name = paths[int(buffer.name.split()[-1])]
+    return dataclasses.replace(buffer, name=name)
+
+  buffers = tuple(map(rename, compiled.buffers))
+  return dataclasses.replace(compiled, buffers=buffers)

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiles an exported program and reads what the compiler says of it."""
+
+import dataclasses
+import pathlib
+import tempfile
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+import numpy as np
+
+from optax_mp.memory import _buffers
+from optax_mp.memory import _installed
+from optax_mp.memory import _targets
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryStats:
+  """Sizes under the names that JAX's own ``memory_analysis()`` gives them."""
+
+  argument_size_in_bytes: int
+  output_size_in_bytes: int
+  alias_size_in_bytes: int
+  temp_size_in_bytes: int
+  generated_code_size_in_bytes: int
+
+  @classmethod
+  def of(cls, stats: Any) -> 'MemoryStats':
+    """Copies the fields from JAX's statistics."""
+    fields = dataclasses.fields(cls)
+    return cls(**{f.name: getattr(stats, f.name) for f in fields})
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Compiled:
+  """A program compiled for a device that need not be here: it cannot be run.
+
+  Has the methods of :class:`jax.stages.Compiled` that tell about a program.
+  Everything is per device. Where the compiler refused the program because the
+  device is too small, ``refusal`` has its words, and sizes and text are those
+  of the program that it refused.
+  """
+
+  target: _targets.Target
+  num_devices: int
+  buffers: tuple[_buffers.Buffer, ...]  # at the peak; empty if unknown
+  refusal: str
+  stats: MemoryStats
+  cost: dict[str, float] | None
+  text: str
+
+  def memory_analysis(self) -> MemoryStats:
+    """Sizes in bytes."""
+    return self.stats
+
+  def cost_analysis(self) -> dict[str, float] | None:
+    """XLA's cost model, None for GPUs."""
+    return self.cost
+
+  def as_text(self) -> str:
+    """The optimized HLO."""
+    return self.text
+
+  def __repr__(self) -> str:
+    return f'<Compiled for {self.num_devices} x {self.target.name}>'
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """What to compile: all but the program itself."""
+
+  target: _targets.Target
+  num_devices: int
+  axes: tuple[tuple[str, int], ...]  # names and sizes of the mesh; () for none
+  donated: tuple[bool, ...]  # one for each argument of the program
+
+
+def compile_exported(
+  exported: jax.export.Exported, job: Job, dump: pathlib.Path | None = None
+) -> Compiled:
+  """Compiles for the devices of a job.
+
+  Args:
+    exported: of a function of arrays, one after the other.
+    job: for what to compile.
+    dump: the folder that XLA was told to dump to; None to tell it now.
+
+  Returns:
+    The compiled program, or what is known of it if it does not fit.
+  """
+  with tempfile.TemporaryDirectory() as folder:
+    options = dict(job.target.compiler_options)
+    if dump is None:
+      dump = pathlib.Path(folder)
+      options |= {'xla_dump_to': folder, 'xla_dump_hlo_as_text': True}
+    for file in filter(pathlib.Path.is_file, dump.iterdir()):
+      file.unlink()
+    lowered = _lower(exported, job)
+    try:
+      compiled = lowered.compile(compiler_options=options)
+    except jax.errors.JaxRuntimeError as error:
+      return _refused(error, job, dump)
+    found = _buffers.Dump.read(dump)
+  cost = compiled.cost_analysis()
+  return Compiled(
+    target=job.target,
+    num_devices=job.num_devices,
+    buffers=found.buffers if found else (),
+    refusal='',
+    stats=MemoryStats.of(compiled.memory_analysis()),
+    cost=dict(cost) if cost else None,
+    text=compiled.as_text() or '',
+  )
+
+
+def _lower(exported: jax.export.Exported, job: Job) -> jax.stages.Lowered:
+  """Puts the program on the devices."""
+  devices = np.array(_devices(job)[: job.num_devices])
+  names, sizes = zip(*job.axes, strict=True) if job.axes else (('all',), (-1,))
+  auto = (jax.sharding.AxisType.Auto,) * len(names)
+  mesh = jax.sharding.Mesh(devices.reshape(sizes), names, axis_types=auto)
+  replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  if job.num_devices == 1:
+    shardings = [jax.sharding.SingleDeviceSharding(devices[0])]
+    shardings *= len(exported.in_avals)
+  else:
+    given = exported.in_shardings_jax(mesh)
+    shardings = [replicated if s is None else s for s in given]
+  shapes = [
+    jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s)
+    for a, s in zip(exported.in_avals, shardings, strict=True)
+  ]
+  # JAX drops arguments that a program does not use; one called, it uses all.
+  kept = exported.module_kept_var_idx
+
+  def call(*used):
+    given = dict(zip(kept, used, strict=True))
+    unused = (jax.numpy.zeros(x.shape, x.dtype) for x in shapes)
+    return exported.call(*(given.get(i, z) for i, z in enumerate(unused)))
+
+  donated = tuple(n for n, i in enumerate(kept) if job.donated[i])
+  traced = jax.jit(call, donate_argnums=donated).trace(
+    *(shapes[i] for i in kept)
+  )
+  return traced.lower(lowering_platforms=(job.target.platform,))
+
+
+def _devices(job: Job) -> list[Any]:
+  if job.target.platform == 'cpu':
+    return jax.devices('cpu')
+  topology = job.target.topology(job.num_devices)
+  try:
+    return topologies.get_topology_desc(**topology).devices
+  except Exception as error:  # whatever a plugin raises
+    raise RuntimeError(
+      f'the installed compiler does not know {job.target.name}: {error} '
+      f'Run: {_installed.command(job.target.platform)}'
+    ) from error
+
+
+def _refused(error: Exception, job: Job, dump: pathlib.Path) -> Compiled:
+  """What the compiler left of a program that is too large for the device."""
+  found = _buffers.Dump.read(dump)
+  if 'RESOURCE_EXHAUSTED' not in str(error) or found is None:
+    raise error
+  texts = sorted(
+    dump.glob('*after_optimizations.txt'), key=lambda p: p.stat().st_size
+  )
+  return Compiled(
+    target=job.target,
+    num_devices=job.num_devices,
+    buffers=found.buffers,
+    refusal=str(error).splitlines()[0],
+    stats=MemoryStats(**found.sizes),
+    cost=None,
+    text=texts[-1].read_text() if texts else '',
+  )
