@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the benchmarks compare: a new recipe is one row here.
+
+Optax's own optimizers in float32 are what each recipe is measured against, in
+plain bfloat16 they are what happens without care.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+
+import optax_mp
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+  """An optimizer, and the dtype of the parameters that it is for."""
+
+  make: Callable[..., optax.GradientTransformation]  # of a learning rate
+  family: str  # which hyperparameters it takes: a key of `FAMILIES`
+  dtype: Any  # of parameters and gradients
+
+  @property
+  def reference(self) -> str:
+    """The contender in float32 of the same family."""
+    return next(
+      name
+      for name, other in CONTENDERS.items()
+      if other.family == self.family and other.dtype == jnp.float32
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+  """Hyperparameters of one optimizer for a small language model."""
+
+  learning_rate: float
+  others: dict[str, Any]
+
+
+FAMILIES = {
+  'adamw': Family(1e-3, {'b2': 0.99, 'weight_decay': 0.1}),
+  'sgd': Family(0.5, {'momentum': 0.9}),
+  'lion': Family(2e-4, {'b1': 0.95, 'b2': 0.98, 'weight_decay': 0.5}),
+}
+
+
+def _bits(recipe: Callable[..., Any], bits: int) -> Callable[..., Any]:
+  return functools.partial(recipe, residual_bits=bits)
+
+
+CONTENDERS = {
+  'optax.adamw, float32': Contender(optax.adamw, 'adamw', jnp.float32),
+  'optax.adamw, bfloat16': Contender(optax.adamw, 'adamw', jnp.bfloat16),
+  'adamw_bf16': Contender(optax_mp.adamw_bf16, 'adamw', jnp.bfloat16),
+  'adamw_bf16, 8': Contender(
+    _bits(optax_mp.adamw_bf16, 8), 'adamw', jnp.bfloat16
+  ),
+  'adamw_bf16, 0': Contender(
+    _bits(optax_mp.adamw_bf16, 0), 'adamw', jnp.bfloat16
+  ),
+  'optax.sgd, float32': Contender(
+    functools.partial(optax.sgd, momentum=0.9), 'sgd', jnp.float32
+  ),
+  'sgdm_bf16': Contender(optax_mp.sgdm_bf16, 'sgd', jnp.bfloat16),
+  'optax.lion, float32': Contender(optax.lion, 'lion', jnp.float32),
+  'lion_bf16': Contender(optax_mp.lion_bf16, 'lion', jnp.bfloat16),
+}
