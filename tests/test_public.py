@@ -13,7 +13,7 @@ FUNCTIONS = {
   for module, names in {
     optax_mp: [n for n in optax_mp.__all__ if n[0].islower()],
     formats: [n for n in formats.__all__ if n[0].islower()],
-    optax_mp.memory: ['plan', 'report'],
+    optax_mp.memory: [n for n in optax_mp.memory.__all__ if n[0].islower()],
     optax_mp.checkpoint: ['to_float32', 'from_float32'],
   }.items()
   for name in names
@@ -30,7 +30,9 @@ DOCUMENTED = {**FUNCTIONS, **FORMATS}
 @pytest.mark.parametrize('name', DOCUMENTED)
 def test_docstring_has_arguments_and_an_example(name):
   doc = inspect.getdoc(DOCUMENTED[name]) or ''
-  assert 'Args:' in doc and 'Examples:' in doc and '>>> ' in doc
+  takes = inspect.signature(DOCUMENTED[name]).parameters
+  assert 'Args:' in doc or not takes
+  assert 'Examples:' in doc and '>>> ' in doc
 
 
 @pytest.mark.parametrize('name', FUNCTIONS)
@@ -52,6 +54,6 @@ def test_every_format_says_what_it_stores(name):
 
 
 def test_all_is_sorted_and_complete():
-  for module in (optax_mp, formats):
+  for module in (optax_mp, formats, optax_mp.memory):
     assert list(module.__all__) == sorted(module.__all__)
     assert all(hasattr(module, name) for name in module.__all__)

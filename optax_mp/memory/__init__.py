@@ -10,3 +10,15 @@ from optax_mp.memory._plan import plan as plan
 from optax_mp.memory._report import Report as Report
 from optax_mp.memory._report import report as report
 from optax_mp.memory._xla import Compiled as Compiled
+
+__all__ = (
+  'Buffer',
+  'Compiled',
+  'Plan',
+  'Report',
+  'Row',
+  'compile_for',
+  'plan',
+  'report',
+  'targets',
+)

@@ -17,6 +17,8 @@ from optax_mp.memory import _targets
 from optax_mp.memory import _worker
 from optax_mp.memory import _xla
 
+_CUSTOM_CALL = re.compile(r'custom_call @([\w.$]+)\(')
+
 Mesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
 
 
@@ -109,14 +111,22 @@ def compile_for(
     )
   info = jax.tree.leaves(traced.args_info)
   donated = tuple(argument.donated for argument in info)
-  axes = tuple(mesh.shape.items()) if mesh is not None else ()
+  axes = _axes(mesh) if mesh is not None else ()
   job = _xla.Job(found, num_devices, axes, donated)
   if found.platform == 'cpu':
     compiled = _xla.compile_exported(exported, job)
   else:
-    compiled = _worker.ask(found.platform, 'compile', exported.serialize(), job)
+    program = _serialize(exported)
+    compiled = _worker.ask(found.platform, 'compile', program, job)
   paths = _paths(traced)
   return _named(compiled, [paths[i] for i in exported.module_kept_var_idx])
+
+
+def _axes(mesh: Mesh) -> tuple[tuple[str, int, Any], ...]:
+  """Names, sizes and types of a mesh's axes."""
+  return tuple(
+    zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
+  )
 
 
 def _jitted(fn, donate_argnums, static_argnums) -> Any:
@@ -142,7 +152,11 @@ def _shape(leaf: Any) -> Any:
   if not (hasattr(leaf, 'shape') and hasattr(leaf, 'dtype')):
     return leaf
   sharding = getattr(leaf, 'sharding', None)
-  if not isinstance(sharding, jax.sharding.NamedSharding):
+  if isinstance(sharding, jax.sharding.NamedSharding):
+    sharding = jax.sharding.NamedSharding(
+      _abstract(sharding.mesh), sharding.spec
+    )
+  else:
     sharding = None
   weak = getattr(leaf, 'weak_type', False)
   return jax.ShapeDtypeStruct(
@@ -154,23 +168,32 @@ def _in(mesh: Mesh | None) -> Any:
   """The context in which specs without a mesh mean this one."""
   if mesh is None:
     return contextlib.nullcontext()
-  return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+  return jax.sharding.use_abstract_mesh(_abstract(mesh))
+
+
+def _abstract(mesh: Mesh) -> jax.sharding.AbstractMesh:
+  """The mesh, of devices of no kind."""
+  return jax.sharding.AbstractMesh(
+    mesh.axis_sizes, mesh.axis_names, axis_types=mesh.axis_types
+  )
 
 
 def _export(fn, args, platform: str) -> export.Exported:
   """Lowers for a platform, to a form that can travel."""
-  exporter = export.export(fn, platforms=[platform])
-  try:
-    exported = exporter(*args)
-  except ValueError as error:
-    # `jax.export` guards programs that are stored against custom calls that may
-    # change (Pallas, Triton, cuDNN). Ours is compiled by the same JAX.
-    names = set(re.findall(r"'([\w.$]+)'", str(error)))
-    if 'custom call' not in str(error) or not names:
-      raise
-    checks = [export.DisabledSafetyCheck.custom_call(name) for name in names]
+  allowed: set[str] = set()
+  while True:
+    checks = [export.DisabledSafetyCheck.custom_call(name) for name in allowed]
     exporter = export.export(fn, platforms=[platform], disabled_checks=checks)
-    exported = exporter(*args)
+    try:
+      exported = exporter(*args)
+      break
+    except ValueError as error:
+      # `jax.export` guards programs that are kept for long against custom calls
+      # that may change. Ours is compiled at once, by the same JAX.
+      refused = set(_CUSTOM_CALL.findall(str(error))) - allowed
+      if not refused:
+        raise
+      allowed |= refused
   # Containers of the caller's own types cannot be written; arrays can.
   inputs = ((0,) * len(exported.in_avals), {})
   return dataclasses.replace(
@@ -178,6 +201,17 @@ def _export(fn, args, platform: str) -> export.Exported:
     in_tree=jax.tree.structure(inputs),
     out_tree=jax.tree.structure((0,) * len(exported.out_avals)),
   )
+
+
+def _serialize(exported: export.Exported) -> bytearray:
+  """Writes a program for another process."""
+  try:
+    return exported.serialize()
+  except KeyError as error:
+    raise ValueError(
+      f'`fn` has arrays of dtype {error.args[0]}, which `jax.export` cannot '
+      'write; got them as arguments or results. Convert them inside of `fn`.'
+    ) from error
 
 
 def _paths(traced: jax.stages.Traced) -> list[str]:

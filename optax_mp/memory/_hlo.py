@@ -117,10 +117,11 @@ class Program:
       if i.opcode == 'parameter':
         moved += min(operands[int(i.rest)].bytes, _read(i, users))
     root = next(i for i in inside if i.root)
-    results = map(_array_bytes, _ARRAY.finditer(fusion.shape))
-    for outside, written in zip(results, _written(root, by_name), strict=True):
-      moved += min(outside, written)
-    return moved
+    results = list(map(_array_bytes, _ARRAY.finditer(fusion.shape)))
+    written = _written(root, by_name)
+    if len(results) != len(written):  # the root is no tuple, its shape is
+      return moved + sum(results)
+    return moved + sum(map(min, results, written))
 
 
 def _read(i: _Instruction, users) -> int:

@@ -81,7 +81,7 @@ class Worker:
   def close(self) -> None:
     """Ends the process."""
     self.process.kill()
-    self.process.wait()
+    self.process.communicate()
     self.folder.cleanup()
 
 
@@ -102,18 +102,23 @@ def ask(platform: str, *request: Any) -> Any:
   Raises:
     RuntimeError: if the compiler fails or dies, with its words.
   """
-  with _lock:
-    workers = _idle.setdefault(platform, [])
-    worker = workers.pop() if workers else None
-  worker = worker or Worker()
+  worker = _take(platform)
   try:
     return worker.ask(*request)
   finally:
-    if worker.process.poll() is None:
-      with _lock:
-        _idle[platform].append(worker)
-    else:
+    with _lock:
+      _idle.setdefault(platform, []).append(worker)
+
+
+def _take(platform: str) -> Worker:
+  """A process that waits for work, or a new one."""
+  with _lock:
+    while workers := _idle.get(platform):
+      worker = workers.pop()
+      if worker.process.poll() is None:
+        return worker
       worker.close()
+  return Worker()
 
 
 @atexit.register

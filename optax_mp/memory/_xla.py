@@ -72,7 +72,7 @@ class Job:
 
   target: _targets.Target
   num_devices: int
-  axes: tuple[tuple[str, int], ...]  # names and sizes of the mesh; () for none
+  axes: tuple[tuple[str, int, Any], ...]  # names, sizes and types; () for none
   donated: tuple[bool, ...]  # one for each argument of the program
 
 
@@ -102,6 +102,7 @@ def compile_exported(
     except jax.errors.JaxRuntimeError as error:
       return _refused(error, job, dump)
     found = _buffers.Dump.read(dump)
+    text = _text(compiled, dump)
   cost = compiled.cost_analysis()
   return Compiled(
     target=job.target,
@@ -110,16 +111,16 @@ def compile_exported(
     refusal='',
     stats=MemoryStats.of(compiled.memory_analysis()),
     cost=dict(cost) if cost else None,
-    text=compiled.as_text() or '',
+    text=text,
   )
 
 
 def _lower(exported: jax.export.Exported, job: Job) -> jax.stages.Lowered:
   """Puts the program on the devices."""
   devices = np.array(_devices(job)[: job.num_devices])
-  names, sizes = zip(*job.axes, strict=True) if job.axes else (('all',), (-1,))
-  auto = (jax.sharding.AxisType.Auto,) * len(names)
-  mesh = jax.sharding.Mesh(devices.reshape(sizes), names, axis_types=auto)
+  one = (('all', 1, jax.sharding.AxisType.Auto),)
+  names, sizes, types = zip(*(job.axes or one), strict=True)
+  mesh = jax.sharding.Mesh(devices.reshape(sizes), names, axis_types=types)
   replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
   if job.num_devices == 1:
     shardings = [jax.sharding.SingleDeviceSharding(devices[0])]
@@ -148,7 +149,15 @@ def _lower(exported: jax.export.Exported, job: Job) -> jax.stages.Lowered:
 
 def _devices(job: Job) -> list[Any]:
   if job.target.platform == 'cpu':
-    return jax.devices('cpu')
+    devices = jax.devices('cpu')
+    if len(devices) < job.num_devices:
+      raise ValueError(
+        f'`mesh` must not have more devices than this process; got '
+        f'{job.num_devices} and {len(devices)}. Set them by '
+        f"`jax.config.update('jax_num_cpu_devices', {job.num_devices})`, first "
+        'of all.'
+      )
+    return devices
   topology = job.target.topology(job.num_devices)
   try:
     return topologies.get_topology_desc(**topology).devices
@@ -164,9 +173,6 @@ def _refused(error: Exception, job: Job, dump: pathlib.Path) -> Compiled:
   found = _buffers.Dump.read(dump)
   if 'RESOURCE_EXHAUSTED' not in str(error) or found is None:
     raise error
-  texts = sorted(
-    dump.glob('*after_optimizations.txt'), key=lambda p: p.stat().st_size
-  )
   return Compiled(
     target=job.target,
     num_devices=job.num_devices,
@@ -174,5 +180,20 @@ def _refused(error: Exception, job: Job, dump: pathlib.Path) -> Compiled:
     refusal=str(error).splitlines()[0],
     stats=MemoryStats(**found.sizes),
     cost=None,
-    text=texts[-1].read_text() if texts else '',
+    text=_dumped_text(dump),
   )
+
+
+def _text(compiled: jax.stages.Compiled, dump: pathlib.Path) -> str:
+  """The optimized HLO."""
+  try:
+    return compiled.as_text() or ''
+  except jax.errors.JaxRuntimeError:
+    # A libtpu younger than jaxlib may write operations that jaxlib cannot read.
+    return _dumped_text(dump)
+
+
+def _dumped_text(dump: pathlib.Path) -> str:
+  texts = dump.glob('*after_optimizations.txt')
+  largest = max(texts, key=lambda p: p.stat().st_size, default=None)
+  return largest.read_text() if largest else ''

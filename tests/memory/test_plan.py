@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`memory`: bytes from shapes and from compiled programs."""
+"""`memory.plan`: bytes from shapes."""
 
 import dataclasses
 
@@ -153,33 +153,3 @@ def test_prints_a_table():
   ]  # fmt: skip
   assert lines[-1].split() == ['total', str(9 * 4096 + 16), '9.00']
   assert len({len(line) for line in lines}) == 1
-
-
-def test_report_of_a_donated_step():
-  def step(x, y):
-    return x + y, jnp.sort(x * y, axis=0)
-
-  x = jnp.ones((100, 100))
-  compiled = jax.jit(step, donate_argnums=0).lower(x, x).compile()
-  report = memory.report(compiled)
-  assert report.argument_bytes == 2 * x.nbytes
-  # A tuple of two pointers comes with the outputs.
-  assert report.output_bytes == 2 * x.nbytes + 2 * 8
-  assert report.alias_bytes == x.nbytes
-  assert report.peak_bytes == (
-    report.argument_bytes
-    + report.output_bytes
-    - report.alias_bytes
-    + report.temporary_bytes
-    + report.generated_code_bytes
-  )
-  assert 'temporary' in str(report)
-
-
-def test_report_without_an_analysis():
-  class Silent:
-    def memory_analysis(self):
-      return None
-
-  with pytest.raises(ValueError, match='`compiled` does not tell its memory'):
-    memory.report(Silent())

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether a GPT fits: `python -m optax_mp.memory --params 7e9 --target h100`.
+
+Compiles one training step of a GPT with every recipe for a device that need not
+be here, with the compiler of that device, and prints what each needs.
+"""
+
+import argparse
+from concurrent import futures
+import dataclasses
+import inspect
+import os
+import sys
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import optax_mp
+from optax_mp.memory import _fit
+from optax_mp.memory import _gpt
+from optax_mp.memory import _plan
+from optax_mp.memory import _report
+from optax_mp.memory import _show
+from optax_mp.memory import _survey
+from optax_mp.memory import _targets
+
+
+def recipes(residual_bits: int) -> list[_survey.Recipe]:
+  """AdamW as Optax has it, in two dtypes, and every recipe of ours.
+
+  A recipe is what the package exports and takes a `learning_rate`.
+
+  Args:
+    residual_bits: for the recipes that have it.
+
+  Returns:
+    One of each.
+  """
+  found = [
+    _survey.Recipe('optax.adamw, float32', optax.adamw(1e-4), jnp.float32),
+    _survey.Recipe('optax.adamw, bfloat16', optax.adamw(1e-4), jnp.bfloat16),
+  ]
+  for name in optax_mp.__all__:
+    make = getattr(optax_mp, name)
+    if not inspect.isfunction(make):
+      continue
+    parameters = inspect.signature(make).parameters
+    if 'learning_rate' in parameters:
+      has_bits = 'residual_bits' in parameters
+      options = {'residual_bits': residual_bits} if has_bits else {}
+      found.append(_survey.Recipe(name, make(1e-4, **options), jnp.bfloat16))
+  return found
+
+
+def size_of(arguments: argparse.Namespace) -> _gpt.Size:
+  """The model that the flags describe.
+
+  From a number of parameters alone it has GPT-3's proportions, 128 of width for
+  each layer.
+
+  Args:
+    arguments: of `parse`.
+
+  Returns:
+    The model's size.
+
+  Raises:
+    ValueError: if the flags leave it open, or contradict each other.
+  """
+  params, layers, width = arguments.params, arguments.layers, arguments.width
+  if params is None:
+    if layers is None or width is None:
+      raise ValueError(
+        '`--params`, or `--layers` and `--width`, must be given; got '
+        f'`--layers` {layers} and `--width` {width}.'
+      )
+    params = _gpt.Size(layers, width, arguments.vocabulary).num_params
+  embeddings = arguments.vocabulary + arguments.context
+
+  def total(width: int, layers: int) -> int:
+    return 12 * layers * width**2 + embeddings * width
+
+  if width is None:
+    width = min(
+      range(64, 2**16, 64),
+      key=lambda w: abs(total(w, layers or max(1, round(w / 128))) - params),
+    )
+  if layers is None:
+    layers = max(1, round((params - embeddings * width) / (12 * width**2)))
+  size = _gpt.Size(
+    layers, width, arguments.vocabulary, arguments.context, arguments.batch
+  )
+  if not 0.75 < size.num_params / params < 1.33:
+    raise ValueError(
+      f'`--params` must agree with `--layers` and `--width`; got {params:.3g}, '
+      f'and {layers} layers of {width} have {size.num_params:.3g}. Leave one '
+      'of the three out.'
+    )
+  return size
+
+
+def measure(
+  recipe: _survey.Recipe, size: _gpt.Size, arguments: argparse.Namespace
+) -> _show.Row:
+  """Compiles one recipe, and where asked for searches what fits."""
+
+  def report(layers: int) -> _report.Report:
+    if layers == size.layers and here:
+      return here
+    model = dataclasses.replace(size, layers=layers)
+    target, devices = arguments.target, arguments.devices
+    return _survey.compile_step(recipe, model, target, devices)
+
+  here = None
+  here = report(size.layers)
+  most = _fit.most_layers(report, size.layers) if arguments.fit else None
+  plan = _plan.plan(recipe.tx, _gpt.shapes(size, recipe.dtype))
+  print(f'compiled {recipe.name}', file=sys.stderr)
+  return _show.Row(recipe.name, plan.bytes_per_param, here, most)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+  """Reads the command line."""
+  parser = argparse.ArgumentParser(
+    prog='python -m optax_mp.memory', description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )  # fmt: skip
+  add = parser.add_argument
+  add('--params', type=float, help='parameters, such as 7e9')
+  add('--layers', type=int)
+  add('--width', type=int)
+  add('--vocabulary', type=int, default=50304)
+  add('--context', type=int, default=1024)
+  add('--batch', type=int, default=1, help='sequences a step of each device')
+  add('--optimizer', default='adamw_bf16', help='the one to tell more about')
+  add('--residual-bits', type=int, default=16, choices=(16, 8, 0))
+  add('--target', default='h100', choices=_targets.TARGETS)
+  add('--devices', type=int, default=1, help='of one slice or node, FSDP')
+  add('--fit', action='store_true', help='search for the most layers that fit')
+  add('--plot', metavar='FILE', help='draw the table, as .png, .svg, .pdf')
+  return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+  """Prints the table, and the whole report of one recipe."""
+  arguments = parse(argv)
+  # Steps are only traced here: no reason to take this machine's accelerator.
+  jax.config.update('jax_platforms', 'cpu')
+  size = size_of(arguments)
+  found = recipes(arguments.residual_bits)
+  names = [recipe.name for recipe in found]
+  if arguments.optimizer not in names:
+    raise ValueError(
+      f'`--optimizer` must be one of {names}; got {arguments.optimizer!r}.'
+    )
+  # The compilers run beside this process: as many at once as there are cores.
+  with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    rows = list(pool.map(lambda r: measure(r, size, arguments), found))
+  chosen = rows[names.index(arguments.optimizer)]
+  title = (
+    f'A GPT of {size.num_params / 1e9:.2f} B parameters: {size.layers} layers '
+    f'of width {size.width}, context {size.context}, batch {size.batch}, on '
+    f'{arguments.devices} x {chosen.report.device}'
+  )
+  if arguments.plot:
+    _show.plot(rows, title, arguments.plot)
+  print(title, _show.table(rows, size), sep='\n\n')
+  print(f'\n{chosen.name}', chosen.report, sep='\n\n')
+
+
+if __name__ == '__main__':
+  try:
+    main()
+  except ValueError as error:
+    sys.exit(f'error: {error}')

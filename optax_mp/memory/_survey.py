@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiles a training step of a GPT, on one device or cut over several."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import optax
+
+from optax_mp.formats import _paths
+from optax_mp.memory import _compile
+from optax_mp.memory import _gpt
+from optax_mp.memory import _report
+
+P = jax.sharding.PartitionSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+  """An optimizer and the dtype of the parameters it is for."""
+
+  name: str
+  tx: optax.GradientTransformation
+  dtype: Any
+
+
+def compile_step(
+  recipe: Recipe, size: _gpt.Size, target: str, num_devices: int = 1
+) -> _report.Report:
+  """Compiles a training step, on several devices with everything sharded.
+
+  On several devices each matrix, its state and its gradient are cut along the
+  matrix's rows (FSDP, ZeRO 3) and the batch along its first axis; vectors are
+  on every device.
+
+  Args:
+    recipe: the optimizer.
+    size: of the model.
+    target: as for :func:`compile_for`.
+    num_devices: of one slice or node.
+
+  Returns:
+    The report, per device.
+  """
+  params = _gpt.shapes(size, recipe.dtype)
+  state = jax.eval_shape(recipe.tx.init, params)
+  tokens = _gpt.tokens(size, num_devices)
+  if num_devices == 1:
+    step = _gpt.make_step(recipe.tx)
+    compiled = _compile.compile_for(
+      target, step, params, state, tokens, donate_argnums=(0, 1)
+    )
+    return _report.report(compiled)
+  mesh = jax.sharding.AbstractMesh((num_devices,), ('data',))
+  specs = (*_specs(params, state, num_devices), P('data'))
+  shardings = jax.tree.map(lambda s: jax.sharding.NamedSharding(mesh, s), specs)
+  args = jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    (params, state, tokens),
+    shardings,
+  )
+  # What comes out is where it came in: only so can its memory be reused.
+  jitted = jax.jit(
+    _gpt.make_step(recipe.tx, 'data'),
+    donate_argnums=(0, 1),
+    out_shardings=(*shardings[:2], None),
+  )
+  return _report.report(_compile.compile_for(target, jitted, *args, mesh=mesh))
+
+
+def _specs(params: Any, state: Any, num_devices: int) -> tuple[Any, Any]:
+  """Cuts matrices by rows, their codes alike, their scales as their rows."""
+
+  def of_param(path, leaf):
+    # A stack of vectors has two axes, but no rows.
+    stacked = getattr(path[0], 'key', None) == 'layers'
+    rows = leaf.ndim - 2
+    if leaf.ndim - stacked < 2 or leaf.shape[rows] % num_devices:
+      return P()
+    return P(*[None] * rows, 'data', None)
+
+  specs = jax.tree_util.tree_map_with_path(of_param, params)
+  by_path = {
+    path: spec
+    for path, spec in jax.tree_util.tree_leaves_with_path(
+      specs, is_leaf=lambda x: isinstance(x, P)
+    )
+  }
+  leaves, treedef = jax.tree_util.tree_flatten_with_path(state)
+  parts = _state_parts([path for path, _ in leaves], _paths.param_paths(params))
+
+  def of_state(path, leaf):
+    spec = by_path.get(parts[path], P())
+    rows = len(spec) - 2
+    fits = leaf.ndim > rows >= 0 and leaf.shape[rows] % num_devices == 0
+    return P(*tuple(spec)[: leaf.ndim]) if fits else P()
+
+  return specs, treedef.unflatten([of_state(p, x) for p, x in leaves])
+
+
+def _state_parts(paths, params) -> dict[Any, Any]:
+  """The parameter that each array of a state belongs to, () if to none.
+
+  An array of a stored leaf lies deeper than its parameter: below `mu['w']` are
+  its codes and its scales.
+  """
+  found = {}
+  for path in paths:
+    ends = (path[: len(path) - n] for n in range(len(path)))
+    cut = (_paths.split_paths([end], params)[end][1] for end in ends)
+    found[path] = next((param for param in cut if param), ())
+  return found

@@ -1,0 +1,371 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`memory.compile_for`: what is compiled is the step that would run."""
+
+import functools
+import importlib.metadata
+import re
+import subprocess
+import sys
+
+import jax
+from jax.experimental import pallas as pl
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from compilers import compile_for
+import optax_mp
+from optax_mp import memory
+from optax_mp.memory import _targets
+from optax_mp.memory import _worker
+
+P = jax.sharding.PartitionSpec
+TARGETS = ['tpu-v5e', 'h100']
+COLLECTIVE = re.compile(
+  r'(all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)'
+  r'(?:-start)?\('
+)
+SHAPE = jax.ShapeDtypeStruct((1024, 1024), jnp.bfloat16)
+
+
+def _update(tx):
+  def step(params, state, grads):
+    updates, state = tx.update(grads, state, params)
+    return optax.apply_updates(params, updates), state
+
+  return step
+
+
+@pytest.fixture(scope='module')
+def adamw():
+  tx = optax_mp.adamw_bf16(1e-3)
+  params = {'w': SHAPE}
+  return _update(tx), (params, jax.eval_shape(tx.init, params), params)
+
+
+@pytest.mark.parametrize('target', _targets.TARGETS)
+def test_every_target(target, adamw):
+  """Exact: the arguments are as large as their dtypes say, all are reused."""
+  step, args = adamw
+  compiled = compile_for(target, step, *args, donate_argnums=(0, 1))
+  report = memory.report(compiled)
+  sizes = [x.size * x.dtype.itemsize for x in jax.tree.leaves(args)]
+  # The smallest array on a TPU takes 512 bytes.
+  assert 0 <= report.argument_bytes - sum(sizes) <= 512 * len(sizes)
+  assert report.alias_bytes >= sum(sizes) - sizes[-1]
+  assert report.fits and report.capacity_bytes > 15e9
+  assert report.device == _targets.TARGETS[target].device
+  names = [buffer.name for buffer in report.largest]
+  assert {"params['w']", "grads['w']", "state.residual['w']"} < set(names)
+  assert target in memory.targets()
+
+
+@pytest.mark.parametrize('target', TARGETS)
+def test_arrays_and_shapes_are_the_same(target):
+  tx = optax_mp.adamw_bf16(1e-3)
+  params = {'w': jnp.ones((256, 128), jnp.bfloat16), 'scale': jnp.float32(1.0)}
+  state = tx.init(params)
+  shapes = jax.eval_shape(lambda *x: x, params, state, params)
+  compiled = [
+    compile_for(target, _update(tx), *args, donate_argnums=(0, 1))
+    for args in ((params, state, params), shapes)
+  ]
+  assert compiled[0].memory_analysis() == compiled[1].memory_analysis()
+
+
+@pytest.mark.parametrize('target', TARGETS + ['cpu'])
+def test_static_unused_and_python_arguments(target):
+  def step(x, mode, unused, scale, y):
+    del unused
+    return jnp.sin(x) * scale if mode == 'sin' else y
+
+  x = jax.ShapeDtypeStruct((512, 512), jnp.float32)
+  plain = compile_for(
+    target, step, x, 'sin', x, 2.0, x, donate_argnums=0, static_argnums=1
+  )
+  jitted = jax.jit(step, donate_argnums=(0,), static_argnames='mode')
+  report = memory.report(plain)
+  assert (
+    memory.report(compile_for(target, jitted, x, 'sin', x, 2.0, x)) == report
+  )
+  # JAX drops the two arguments that are not used.
+  assert 0 <= report.argument_bytes - (4 * 512**2 + 4) <= 1024
+  assert report.alias_bytes == 4 * 512**2
+  assert [b.name for b in report.largest[:2]] == ['x', 'scale']
+
+
+def test_donation_is_said_once():
+  jitted = jax.jit(lambda x: x, donate_argnums=0)
+  with pytest.raises(ValueError, match='`donate_argnums` is for a function'):
+    memory.compile_for('cpu', jitted, SHAPE, donate_argnums=0)
+
+
+def test_the_same_program_as_without_export(adamw):
+  """Exact: on the CPU JAX compiles the step here and now, too."""
+  step, args = adamw
+  ours = compile_for('cpu', step, *args, donate_argnums=(0, 1))
+  theirs = jax.jit(step, donate_argnums=(0, 1)).lower(*args).compile()
+  stats = theirs.memory_analysis()
+  assert ours.memory_analysis().temp_size_in_bytes == stats.temp_size_in_bytes
+  assert ours.cost_analysis() == theirs.cost_analysis()
+
+
+@pytest.mark.parametrize('target', TARGETS)
+def test_a_program_too_large_is_an_answer(target):
+  """On a TPU the compiler refuses, and tells all the same."""
+  x = jax.ShapeDtypeStruct((2**17, 2**17), jnp.float32)
+  compiled = compile_for(target, lambda x: jnp.sort(x) + x, x, donate_argnums=0)
+  report = memory.report(compiled)
+  assert report.fits is False
+  assert bool(compiled.refusal) == (target == 'tpu-v5e')
+  assert report.argument_bytes == report.alias_bytes == 4 * 2**34
+  assert report.peak_bytes >= 8 * 2**34
+  assert report.largest[0].bytes == 4 * 2**34
+  assert report.bytes_moved >= 16 * 2**34
+  assert 'does not fit' in str(report)
+
+
+@pytest.mark.parametrize(
+  'target', [t for t in _targets.TARGETS if t.startswith('tpu')]
+)
+def test_capacity_is_what_the_compiler_allows(target):
+  """Exact, to the two decimals that it prints."""
+  x = jax.ShapeDtypeStruct((2**20, 2**18), jnp.float32)
+  compiled = compile_for(target, lambda x: x * 2, x)
+  said = re.search(r'available HBM \(([\d.]+)G\)', compiled.refusal)
+  assert said is not None
+  capacity = memory.report(compiled).capacity_bytes / 2**30
+  assert f'{capacity:.2f}' == f'{float(said[1]):.2f}'
+
+
+def _fsdp_args(tx, mesh):
+  def of(spec):
+    return jax.sharding.NamedSharding(mesh, spec)
+
+  params = {
+    'w': jax.ShapeDtypeStruct(
+      (2048, 1024), jnp.bfloat16, sharding=of(P('data', None))
+    )
+  }
+  state = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(
+      x.shape, x.dtype, sharding=of(P('data') if x.ndim == 2 else P())
+    ),
+    jax.eval_shape(tx.init, params),
+  )
+  batch = jax.ShapeDtypeStruct(
+    (256, 2048), jnp.bfloat16, sharding=of(P('data', None))
+  )
+  return params, state, batch
+
+
+@pytest.mark.parametrize('target, size', [('tpu-v5e', 16), ('h100', 8)])
+def test_several_devices(target, size):
+  """Exact: each device has its part; weights are gathered, others stay."""
+  tx = optax_mp.adamw_bf16(1e-3)
+  mesh = jax.sharding.AbstractMesh((size,), ('data',))
+  args = _fsdp_args(tx, mesh)
+
+  def step(params, state, batch):
+    def loss(params):
+      return jnp.mean((batch @ params['w']).astype(jnp.float32) ** 2)
+
+    return _update(tx)(params, state, jax.grad(loss)(params))
+
+  compiled = compile_for(target, step, *args, donate_argnums=(0, 1), mesh=mesh)
+  report = memory.report(compiled)
+  assert report.num_devices == size
+  local = sum(
+    x.size * x.dtype.itemsize // (size if x.ndim == 2 else 1)
+    for x in jax.tree.leaves(args)
+  )
+  assert 0 <= report.argument_bytes - local <= 512 * 8
+  batch = args[2].size * 2 // size
+  assert report.alias_bytes >= local - batch
+  assert COLLECTIVE.search(compiled.as_text())
+
+
+@pytest.mark.parametrize('target', TARGETS)
+def test_a_mesh_of_two_axes_of_this_machines_devices(target):
+  """The update alone moves nothing between devices, whatever the spec."""
+  mesh = jax.make_mesh((4, 2), ('data', 'model'))
+  tx = optax_mp.adamw_bf16(1e-3)
+  sharding = jax.sharding.NamedSharding(mesh, P('data', 'model'))
+  params = jax.device_put(jnp.ones((512, 1024), jnp.bfloat16), sharding)
+  state = jax.jit(tx.init)(params)
+  compiled = compile_for(
+    target,
+    _update(tx),
+    params,
+    state,
+    params,
+    donate_argnums=(0, 1),
+    mesh=mesh,
+  )
+  assert not COLLECTIVE.search(compiled.as_text())
+  local = 12 * params.size // 8
+  assert 0 <= memory.report(compiled).argument_bytes - local <= 512 * 8
+
+
+def test_specs_mean_the_mesh():
+  mesh = jax.sharding.AbstractMesh((8,), ('data',))
+
+  def step(x):
+    return jax.lax.with_sharding_constraint(x * 2, P('data'))
+
+  compiled = compile_for('h100', step, SHAPE, mesh=mesh)
+  report = memory.report(compiled)
+  assert report.argument_bytes == 2 * SHAPE.size  # replicated
+  assert report.output_bytes == 2 * SHAPE.size // 8
+
+
+@pytest.mark.parametrize(
+  'target, size, match',
+  [
+    ('tpu-v5e', 12, r'slice of tpu-v5e; got 12. Slices have \[1, 2, 4'),
+    ('h100', 16, 'one node of h100, of 8 devices; got 16'),
+    ('cpu', 9, 'jax_num_cpu_devices'),
+  ],
+)
+def test_meshes_that_do_not_exist(target, size, match):
+  mesh = jax.sharding.AbstractMesh((size,), ('data',))
+  with pytest.raises(ValueError, match=f'`mesh` must.*{match}'):
+    compile_for(target, jnp.sin, SHAPE, mesh=mesh)
+
+
+def test_sharded_arguments_need_their_mesh():
+  mesh = jax.sharding.AbstractMesh((8,), ('data',))
+  sharding = jax.sharding.NamedSharding(mesh, P('data'))
+  x = jax.ShapeDtypeStruct((64, 64), jnp.float32, sharding=sharding)
+  with pytest.raises(ValueError, match='`mesh` must be the one that shards'):
+    memory.compile_for('cpu', jnp.sin, x)
+
+
+def test_unknown_targets_are_named():
+  with pytest.raises(ValueError, match="one of tpu-v4, .*h100.*; got 'h1000'"):
+    memory.compile_for('h1000', jnp.sin, SHAPE)
+
+
+@pytest.mark.parametrize(
+  'target, versions, command',
+  [
+    ('tpu-v5e', {'libtpu': None}, 'pip install .*libtpu'),
+    (
+      'h100',
+      {'jax-cuda12-plugin': None},
+      r"pip install 'jax-cuda12-plugin==1\.2\.3' 'jax-cuda12-pjrt==1\.2\.3'",
+    ),
+    (
+      'h100',
+      {'jax-cuda12-pjrt': '1.2.2'},
+      r"is of version 1\.2\.2, jaxlib of 1\.2\.3\. Run: pip .*=1\.2\.3'",
+    ),
+    ('h200', {'flatbuffers': None}, 'pip install .*flatbuffers'),
+  ],
+)
+def test_a_missing_compiler_names_the_command(
+  target, versions, command, monkeypatch
+):
+  def version(package):
+    found = versions.get(package, '1.2.3')
+    if found is None:
+      raise importlib.metadata.PackageNotFoundError(package)
+    return found
+
+  monkeypatch.setattr(importlib.metadata, 'version', version)
+  with pytest.raises(
+    ValueError, match=f'`target`.*no compiler here: .*{command}'
+  ):
+    memory.compile_for(target, jnp.sin, SHAPE)
+
+
+def test_importing_touches_no_plugin():
+  """And compiling for a TPU none of TPUs: another process does it.
+
+  JAX loads the plugin for GPUs when it first asks for a device of any kind.
+  """
+  code = """
+def loaded(library):
+  return library in open('/proc/self/maps').read()
+
+from optax_mp import memory
+assert not loaded('libtpu.so') and not loaded('xla_cuda_plugin.so')
+import jax.numpy as jnp
+if 'tpu-v5e' in memory.targets():
+  memory.compile_for('tpu-v5e', jnp.sin, jnp.ones((8, 128)))
+assert not loaded('libtpu.so')
+"""
+  subprocess.run([sys.executable, '-c', code], check=True)
+
+
+@pytest.mark.parametrize('target', TARGETS)
+def test_a_compiler_that_fails(target):
+  """Its words come through, and it goes on."""
+
+  def step(x):
+    return jax.ffi.ffi_call('nobody_has_this', x)(x)
+
+  x = jax.ShapeDtypeStruct((8, 128), jnp.float32)
+  with pytest.raises(RuntimeError, match='compiler failed: .*nobody_has_this'):
+    compile_for(target, step, x)
+  assert compile_for(target, jnp.cos, SHAPE).as_text()
+
+
+def test_a_compiler_that_dies(monkeypatch):
+  """The error says how; the next compilation has a new process."""
+  compile_for('h100', jnp.sin, SHAPE)
+  for worker in _worker._idle['cuda']:
+    worker.process.kill()
+    worker.process.wait()
+  with monkeypatch.context() as patch:
+    code = 'import os, sys; print("I fall", file=sys.stderr); os.abort()'
+    patch.setattr(_worker, '_PROGRAM', code)
+    with pytest.raises(RuntimeError, match='died with exit code -6: .*I fall'):
+      compile_for('h100', jnp.sin, SHAPE)
+  assert compile_for('h100', jnp.cos, SHAPE).as_text()
+
+
+def test_dtypes_that_cannot_travel():
+  x = jax.ShapeDtypeStruct((64, 128), jnp.int2)
+  with pytest.raises(ValueError, match='`fn` has arrays of dtype .*int2'):
+    compile_for('h100', lambda x: x + x, x)
+
+
+@pytest.mark.parametrize(
+  'dtype', [jnp.int4, jnp.uint4, jnp.int8, jnp.float8_e4m3fn, jnp.float8_e5m2]
+)
+@pytest.mark.parametrize('target', TARGETS)
+def test_small_dtypes_count_their_bits(target, dtype):
+  x = jax.ShapeDtypeStruct((1024, 1024), dtype)
+  report = memory.report(compile_for(target, lambda x: x.astype(float), x))
+  bits = 4 if '4' in jnp.dtype(dtype).name[:6].replace('float', '') else 8
+  assert report.argument_bytes == x.size * bits // 8
+  assert report.bytes_moved == x.size * bits // 8 + 4 * x.size
+
+
+def test_pallas_kernels_travel():
+  """Custom calls that `jax.export` guards are compiled all the same."""
+
+  def kernel(x_ref, y_ref):
+    y_ref[...] = x_ref[...] * 2.0
+
+  def step(x):
+    return pl.pallas_call(kernel, jax.ShapeDtypeStruct(x.shape, x.dtype))(x)
+
+  x = jax.ShapeDtypeStruct((1024, 512), jnp.float32)
+  report = memory.report(compile_for('tpu-v5e', step, x))
+  assert report.bytes_moved == 2 * 4 * x.size
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _jitted(x):
+  return x * 2
+
+
+def test_constants_and_results_come_through():
+  """Exact: an array that the step closes over is part of the program."""
+  table = np.arange(256 * 256, dtype=np.float32).reshape(256, 256)
+  x = jnp.ones((256, 256))
+  report = memory.report(compile_for('h100', lambda x: _jitted(x) + table, x))
+  assert report.argument_bytes == x.nbytes == report.output_bytes
