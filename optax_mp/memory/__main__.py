@@ -18,12 +18,12 @@ import optax
 
 import optax_mp
 from optax_mp.memory import _fit
-from optax_mp.memory import _gpt
 from optax_mp.memory import _plan
 from optax_mp.memory import _report
 from optax_mp.memory import _show
 from optax_mp.memory import _survey
 from optax_mp.memory import _targets
+from optax_mp.memory import gpt
 
 
 def recipes(residual_bits: int) -> list[_survey.Recipe]:
@@ -53,7 +53,7 @@ def recipes(residual_bits: int) -> list[_survey.Recipe]:
   return found
 
 
-def size_of(arguments: argparse.Namespace) -> _gpt.Size:
+def size_of(arguments: argparse.Namespace) -> gpt.Size:
   """The model that the flags describe.
 
   From a number of parameters alone it has GPT-3's proportions, 128 of width for
@@ -75,7 +75,7 @@ def size_of(arguments: argparse.Namespace) -> _gpt.Size:
         '`--params`, or `--layers` and `--width`, must be given; got '
         f'`--layers` {layers} and `--width` {width}.'
       )
-    params = _gpt.Size(layers, width, arguments.vocabulary).num_params
+    params = gpt.Size(layers, width, arguments.vocabulary).num_params
   embeddings = arguments.vocabulary + arguments.context
 
   def total(width: int, layers: int) -> int:
@@ -88,7 +88,7 @@ def size_of(arguments: argparse.Namespace) -> _gpt.Size:
     )
   if layers is None:
     layers = max(1, round((params - embeddings * width) / (12 * width**2)))
-  size = _gpt.Size(
+  size = gpt.Size(
     layers, width, arguments.vocabulary, arguments.context, arguments.batch
   )
   if not 0.75 < size.num_params / params < 1.33:
@@ -101,7 +101,7 @@ def size_of(arguments: argparse.Namespace) -> _gpt.Size:
 
 
 def measure(
-  recipe: _survey.Recipe, size: _gpt.Size, arguments: argparse.Namespace
+  recipe: _survey.Recipe, size: gpt.Size, arguments: argparse.Namespace
 ) -> _show.Row:
   """Compiles one recipe, and where asked for searches what fits."""
 
@@ -115,7 +115,7 @@ def measure(
   here = None
   here = report(size.layers)
   most = _fit.most_layers(report, size.layers) if arguments.fit else None
-  plan = _plan.plan(recipe.tx, _gpt.shapes(size, recipe.dtype))
+  plan = _plan.plan(recipe.tx, gpt.shapes(size, recipe.dtype))
   print(f'compiled {recipe.name}', file=sys.stderr)
   return _show.Row(recipe.name, plan.bytes_per_param, here, most)
 

@@ -229,7 +229,6 @@ def _named(compiled: _xla.Compiled, paths: list[str]) -> _xla.Compiled:
 
   def rename(buffer: _buffers.Buffer) -> _buffers.Buffer:
     name = operations.get(buffer.name) or buffer.name
-    name = name.removeprefix('jit(call)/call_exported/')  # ours
     if buffer.kind == 'argument':
       name = paths[int(buffer.name.split()[-1])]
     return dataclasses.replace(buffer, name=name)

@@ -4,9 +4,9 @@
 import dataclasses
 from typing import Any
 
-from optax_mp.memory import _gpt
 from optax_mp.memory import _report
 from optax_mp.memory import _table
+from optax_mp.memory import gpt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Row:
   layers: int | None = None  # the most that fit, where asked for
 
 
-def table(rows: list[Row], size: _gpt.Size) -> str:
+def table(rows: list[Row], size: gpt.Size) -> str:
   """The recipes, side by side; GB are 10^9 bytes of each device."""
   header = (
     'recipe', 'bytes/param', 'arguments GB', 'temporaries GB', 'peak GB',

@@ -9,8 +9,8 @@ import optax
 
 from optax_mp.formats import _paths
 from optax_mp.memory import _compile
-from optax_mp.memory import _gpt
 from optax_mp.memory import _report
+from optax_mp.memory import gpt
 
 P = jax.sharding.PartitionSpec
 
@@ -25,7 +25,7 @@ class Recipe:
 
 
 def compile_step(
-  recipe: Recipe, size: _gpt.Size, target: str, num_devices: int = 1
+  recipe: Recipe, size: gpt.Size, target: str, num_devices: int = 1
 ) -> _report.Report:
   """Compiles a training step, on several devices with everything sharded.
 
@@ -42,11 +42,11 @@ def compile_step(
   Returns:
     The report, per device.
   """
-  params = _gpt.shapes(size, recipe.dtype)
+  params = gpt.shapes(size, recipe.dtype)
   state = jax.eval_shape(recipe.tx.init, params)
-  tokens = _gpt.tokens(size, num_devices)
+  tokens = gpt.tokens(size, num_devices)
   if num_devices == 1:
-    step = _gpt.make_step(recipe.tx)
+    step = gpt.make_step(recipe.tx)
     compiled = _compile.compile_for(
       target, step, params, state, tokens, donate_argnums=(0, 1)
     )
@@ -61,7 +61,7 @@ def compile_step(
   )
   # What comes out is where it came in: only so can its memory be reused.
   jitted = jax.jit(
-    _gpt.make_step(recipe.tx, 'data'),
+    gpt.make_step(recipe.tx, 'data'),
     donate_argnums=(0, 1),
     out_shardings=(*shardings[:2], None),
   )

@@ -137,14 +137,51 @@ def _lower(exported: jax.export.Exported, job: Job) -> jax.stages.Lowered:
 
   def call(*used):
     given = dict(zip(kept, used, strict=True))
-    unused = (jax.numpy.zeros(x.shape, x.dtype) for x in shapes)
-    return exported.call(*(given.get(i, z) for i, z in enumerate(unused)))
+    for i in set(range(len(shapes))) - set(kept):
+      given[i] = jax.numpy.zeros(shapes[i].shape, shapes[i].dtype)
+    return exported.call(*(given[i] for i in range(len(shapes))))
 
   donated = tuple(n for n, i in enumerate(kept) if job.donated[i])
   traced = jax.jit(call, donate_argnums=donated).trace(
     *(shapes[i] for i in kept)
   )
-  return traced.lower(lowering_platforms=(job.target.platform,))
+  lowered = traced.lower(lowering_platforms=(job.target.platform,))
+  _inline(lowered.compiler_ir())
+  return lowered
+
+
+def _inline(module: Any) -> None:
+  """Puts the exported program in place of its call, in StableHLO.
+
+  XLA would do it, but number the operations in another order than those of the
+  program that JAX compiles; and where two orders of execution are equally good,
+  numbers decide, and so over memory.
+  """
+  functions = {
+    op.attributes['sym_name'].value: op
+    for op in module.body.operations
+    if 'sym_name' in op.attributes
+  }
+  (main,) = functions['main'].regions[0].blocks
+  calls = [
+    op
+    for op in main.operations
+    if 'callee' in op.attributes
+    and op.attributes['callee'].value.startswith('call_exported')
+  ]
+  if len(calls) != 1:
+    return
+  callee = functions[calls[0].attributes['callee'].value]
+  (body,) = callee.regions[0].blocks
+  for argument, operand in zip(body.arguments, calls[0].operands, strict=True):
+    argument.replace_all_uses_with(operand)
+  *operations, returned = body.operations
+  for operation in operations:
+    operation.move_before(calls[0])
+  for result, value in zip(calls[0].results, returned.operands, strict=True):
+    result.replace_all_uses_with(value)
+  calls[0].erase()
+  callee.erase()
 
 
 def _devices(job: Job) -> list[Any]:

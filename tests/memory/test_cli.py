@@ -17,8 +17,8 @@ import optax_mp
 from optax_mp import memory
 from optax_mp.memory import __main__ as program
 from optax_mp.memory import _fit
-from optax_mp.memory import _gpt
 from optax_mp.memory import _survey
+from optax_mp.memory import gpt
 
 H100 = ['--target', 'h100']
 TINY = ['--layers', '2', '--width', '128', '--context', '64', '--batch', '2']
@@ -117,28 +117,28 @@ def test_the_models_everyone_knows():
     (36, 1280, 774_030_080),
     (48, 1600, 1_557_611_200),
   ):
-    size = _gpt.Size(layers, width, vocabulary=50257)
+    size = gpt.Size(layers, width, vocabulary=50257)
     assert size.num_params == params
 
 
 def test_the_model_learns():
   """A scan over layers that are not used would not."""
-  size = _gpt.Size(1, 64, vocabulary=32, context=16, batch=8)
+  size = gpt.Size(1, 64, vocabulary=32, context=16, batch=8)
   keys = iter(jax.random.split(jax.random.key(0), 20))
   params = jax.tree.map(
     lambda x: 0.1 * jax.random.normal(next(keys), x.shape).astype(x.dtype),
-    _gpt.shapes(size, jnp.bfloat16),
+    gpt.shapes(size, jnp.bfloat16),
   )
   tx = optax_mp.adamw_bf16(1e-2, min_size=0)
   state = tx.init(params)
-  step = jax.jit(_gpt.make_step(tx))
+  step = jax.jit(gpt.make_step(tx))
   tokens = jnp.arange(8 * 17).reshape(8, 17) % 32
   losses = []
   for _ in range(60):
     params, state, loss = step(params, state, tokens)
     losses.append(float(loss))
   assert losses[-1] < 0.2 * losses[0]
-  grads = jax.grad(_gpt.loss_fn)(params, tokens)
+  grads = jax.grad(gpt.loss_fn)(params, tokens)
   assert all(jnp.any(g != 0) for g in jax.tree.leaves(grads))
 
 
@@ -218,7 +218,7 @@ def test_several_devices_share_everything(target):
   """Claim: each of 4 has a quarter, but for vectors, and gathers weights."""
   if target not in memory.targets():
     pytest.skip(f'no compiler for {target}')
-  size = _gpt.Size(2, 256, vocabulary=512, context=64)
+  size = gpt.Size(2, 256, vocabulary=512, context=64)
   recipe = _survey.Recipe('r', optax_mp.adamw_bf16(1e-4), jnp.bfloat16)
   one, four = (_survey.compile_step(recipe, size, target, n) for n in (1, 4))
   assert one.argument_bytes / four.argument_bytes > 3.5

@@ -3,6 +3,7 @@
 
 import functools
 import importlib.metadata
+import json
 import re
 import subprocess
 import sys
@@ -109,6 +110,55 @@ def test_the_same_program_as_without_export(adamw):
   stats = theirs.memory_analysis()
   assert ours.memory_analysis().temp_size_in_bytes == stats.temp_size_in_bytes
   assert ours.cost_analysis() == theirs.cost_analysis()
+
+
+DIRECT = """
+import json, os, sys
+from optax_mp.memory import _targets, _worker
+os.environ.update(_worker._ENVIRONMENT)
+import jax, jax.numpy as jnp, optax
+from jax.experimental import topologies
+import optax_mp
+from optax_mp import memory
+from optax_mp.memory import gpt
+
+size = gpt.Size(2, 128, vocabulary=512, context=64)
+tx = optax_mp.adamw_bf16(1e-3)
+step = gpt.make_step(tx)
+params = gpt.shapes(size, jnp.bfloat16)
+args = params, jax.eval_shape(tx.init, params), gpt.tokens(size)
+target = _targets.find(sys.argv[1])
+ours = memory.compile_for(target.name, step, *args, donate_argnums=(0, 1))
+
+device = topologies.get_topology_desc(**target.topology(1)).devices[0]
+sharding = jax.sharding.SingleDeviceSharding(device)
+args = jax.tree.map(
+  lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args
+)
+lowered = jax.jit(step, donate_argnums=(0, 1)).trace(*args).lower(
+  lowering_platforms=(target.platform,)
+)
+theirs = lowered.compile(compiler_options=target.compiler_options)
+print(json.dumps([
+  [getattr(c.memory_analysis(), name + '_size_in_bytes') for name in (
+    'argument', 'output', 'alias', 'temp', 'generated_code')] +
+  [memory.report(c).bytes_moved]
+  for c in (ours, theirs)
+]))
+"""
+
+
+@pytest.mark.parametrize('target', TARGETS)
+def test_the_same_program_as_in_one_process(target):
+  """Exact: export, the other process and its flags change nothing."""
+  if target not in memory.targets():
+    pytest.skip(f'no compiler for {target}')
+  done = subprocess.run(
+    [sys.executable, '-c', DIRECT, target], capture_output=True, text=True
+  )
+  assert done.returncode == 0, done.stderr[-3000:]
+  ours, theirs = json.loads(done.stdout.splitlines()[-1])
+  assert ours == theirs
 
 
 @pytest.mark.parametrize('target', TARGETS)

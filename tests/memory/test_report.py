@@ -66,22 +66,20 @@ from optax_mp import memory
 def peak():  # ru_maxrss is in KiB
   return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
-@jax.jit
-def small(x):
-  return jnp.sort(x, axis=0) @ x
+def step(x, y):  # a transpose cannot be taken in place
+  z = jax.lax.fori_loop(0, 3, lambda _, z: 0.5 * z.T + jnp.sin(z), y)
+  return x + y, z
 
-def step(x, y):  # sorting needs a copy, the product another
-  return x + y, jnp.sort(x * y, axis=1) @ jnp.sort(y, axis=0)
+def run(n):
+  x = jnp.ones((n, n))
+  y = x + 1.0
+  return jax.block_until_ready(jax.jit(step, donate_argnums=0)(x, y))
 
-jax.block_until_ready(small(jnp.ones((64, 64))))
+run(64)
 before = peak()
-compiled = jax.jit(step, donate_argnums=0).lower(
-  *2 * [jax.ShapeDtypeStruct((6144, 6144), jnp.float32)]
-).compile()
-x = jax.random.uniform(jax.random.key(0), (6144, 6144))
-y = x + 1.0
-jax.block_until_ready((x, y))
-jax.block_until_ready(compiled(x, y))
+shapes = 2 * [jax.ShapeDtypeStruct((8192, 8192), jnp.float32)]
+compiled = jax.jit(step, donate_argnums=0).lower(*shapes).compile()
+run(8192)
 report = memory.report(compiled)
 print(json.dumps([peak() - before, report.peak_bytes]))
 """
