@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export JAX_PLATFORMS := cpu
 
-.PHONY: demo test lint doctest oldest readme clean
+.PHONY: demo test lint doctest oldest bench readme clean
 
 demo: .venv/examples
 	$(BIN)/python examples/demo.py
@@ -25,9 +25,17 @@ oldest:
 	.venv-oldest/bin/pip install -q -e '.[test]' -c .ci/oldest.txt
 	.venv-oldest/bin/pytest -n 2 --dist worksteal -q -W ignore::DeprecationWarning
 
-# The numbers in the README, from the last demo.
+# Everything that stands in the READMEs, but for the demo: hours on a CPU.
+bench: .venv/test
+	$(BIN)/python benchmarks/bytes.py
+	$(BIN)/python benchmarks/peak.py
+	$(BIN)/python benchmarks/quality.py
+	$(BIN)/python benchmarks/update.py
+	$(BIN)/python benchmarks/speed.py
+
+# The numbers in the READMEs, from the results, and from the last demo if there
+# was one.
 readme: .venv/examples
-	mkdir -p benchmarks/results
 	if test -f demo/demo.json; then cp demo/demo.json benchmarks/results/; fi
 	$(BIN)/python benchmarks/readme.py
 

@@ -26,7 +26,7 @@ import signal
 import sysconfig
 import threading
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 from flax import nnx
@@ -174,7 +174,21 @@ def training_batch(text: np.ndarray, config: Config, step: int) -> np.ndarray:
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
-  """Clipping, then AdamW with a cosine schedule."""
+  """AdamW, as `scheduled` trains it."""
+  adamw = optax.adamw
+  if config.optimizer == 'adamw_bf16':
+    adamw = functools.partial(
+      optax_mp.adamw_bf16, residual_bits=config.residual_bits
+    )
+  return scheduled(
+    config, adamw, b2=config.b2, weight_decay=config.weight_decay
+  )
+
+
+def scheduled(
+  config: Config, make: Callable[..., Any], **others: Any
+) -> optax.GradientTransformationExtraArgs:
+  """Clipping, then `make` with a cosine schedule; only matrices decay."""
   schedule = optax.warmup_cosine_decay_schedule(
     0.0,
     config.learning_rate,
@@ -182,21 +196,10 @@ def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
     config.steps,
     end_value=0.1 * config.learning_rate,
   )
-  adamw = optax.adamw
-  if config.optimizer == 'adamw_bf16':
-    adamw = functools.partial(
-      optax_mp.adamw_bf16, residual_bits=config.residual_bits
-    )
+  if 'weight_decay' in others:
+    others['mask'] = _decayed
   # Clip first: nothing may follow a compensated optimizer.
-  return optax.chain(
-    optax.clip_by_global_norm(1.0),
-    adamw(
-      schedule,
-      b2=config.b2,
-      weight_decay=config.weight_decay,
-      mask=_decayed,
-    ),
-  )
+  return optax.chain(optax.clip_by_global_norm(1.0), make(schedule, **others))
 
 
 def _decayed(params: optax.Params) -> optax.Params:
@@ -217,7 +220,7 @@ class State(NamedTuple):
 class Setup(NamedTuple):
   """All that `train` needs; the arrays themselves come from `create`."""
 
-  create: Callable[[], State]
+  create: Callable[..., State]  # of a seed; without one, of the config's
   shapes: State
   tx: optax.GradientTransformationExtraArgs
   step: Callable[[State, np.ndarray], tuple[State, jax.Array]]
@@ -225,20 +228,33 @@ class Setup(NamedTuple):
   validate: Callable[[chex.ArrayTree, np.ndarray], jax.Array]
 
 
-def setup(config: Config) -> Setup:
-  """Builds model and optimizer and compiles the step, without weights."""
-  tx = make_optimizer(config)
+def setup(
+  config: Config,
+  tx: optax.GradientTransformationExtraArgs | None = None,
+  dtype: jax.typing.DTypeLike | None = None,
+  compiler: Callable[..., Any] | None = None,
+) -> Setup:
+  """Builds model and optimizer and compiles the step, without weights.
+
+  Args:
+    config: all that is not given here.
+    tx: another optimizer than the config's.
+    dtype: of the parameters; by default what the config's optimizer is for.
+    compiler: `compile_donated`, or another in its place.
+
+  Returns:
+    What `train` needs.
+  """
+  tx = tx or make_optimizer(config)
   low = config.optimizer != 'adamw_fp32'
+  dtype = dtype or (jnp.bfloat16 if low else jnp.float32)
 
-  def new_model():
-    return nnx.split(GPT(config, nnx.Rngs(config.seed)))
+  def new_model(seed=config.seed):
+    return nnx.split(GPT(config, nnx.Rngs(seed)))
 
-  def create():
-    _, params = new_model()
-    params = jax.tree.map(
-      lambda x: x.astype(jnp.bfloat16 if low else jnp.float32),
-      nnx.to_pure_dict(params),
-    )
+  def create(seed=config.seed):
+    _, params = new_model(seed)
+    params = jax.tree.map(lambda x: x.astype(dtype), nnx.to_pure_dict(params))
     return State(params, tx.init(params))
 
   graphdef, _ = nnx.eval_shape(new_model)
@@ -255,11 +271,12 @@ def setup(config: Config) -> Setup:
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
     jax.eval_shape(create),
   )
-  step, programs = compile_step(config, loss_fn, tx, shapes)
+  compiler = compiler or compile_donated
+  step, programs = compile_step(config, loss_fn, tx, shapes, compiler)
   return Setup(create, shapes, tx, step, programs, jax.jit(loss_fn))
 
 
-def compile_step(config, loss_fn, tx, shapes):
+def compile_step(config, loss_fn, tx, shapes, compiler):
   """Compiles the step in one of two ways that reuse all the memory they can.
 
   `fused`: one program, whose new params and state overwrite the old ones.
@@ -271,6 +288,7 @@ def compile_step(config, loss_fn, tx, shapes):
     loss_fn: `loss_fn(params, tokens) -> scalar`.
     tx: the optimizer.
     shapes: of `params` and `opt_state`.
+    compiler: `compile_donated`, or another in its place.
 
   Returns:
     `step(state, tokens) -> (state, loss)` and the programs it runs, by name.
@@ -294,15 +312,15 @@ def compile_step(config, loss_fn, tx, shapes):
     return *update(gradients, opt_state, params), loss
 
   if config.update == 'fused':
-    program = compile_donated(fused, (0, 1), params, opt_state, tokens)
+    program = compiler(fused, (0, 1), params, opt_state, tokens)
 
     def step(state, tokens):
       params, opt_state, loss = program(*state, tokens)
       return State(params, opt_state), loss
 
     return step, {'step': program}
-  first = compile_donated(loss_and_gradients, (), params, tokens)
-  second = compile_donated(update, (0, 1), params, opt_state, params)
+  first = compiler(loss_and_gradients, (), params, tokens)
+  second = compiler(update, (0, 1), params, opt_state, params)
 
   def step(state, tokens):
     loss, gradients = first(state.params, tokens)

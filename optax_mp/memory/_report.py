@@ -69,8 +69,9 @@ def report(compiled: jax.stages.Compiled | _xla.Compiled) -> Report:
 
   ``peak_bytes`` is what the program occupies while it runs: arguments, outputs
   that do not reuse one, temporaries as the compiler has packed them, and code.
-  The capacity is what a program may use of a TPU; of a GPU it is the memory of
-  the device, of which the driver takes some and JAX three quarters, unless
+  The capacity is, of a device that is here, what JAX's allocator has. Else, of
+  a TPU what a program may use, and of a GPU all its memory, of which the driver
+  takes some and JAX's allocator three quarters, unless
   ``XLA_PYTHON_CLIENT_MEM_FRACTION`` says otherwise; of a CPU the machine's.
 
   Args:
@@ -137,10 +138,9 @@ def _device(compiled: Any) -> tuple[str, int, int | None]:
   shardings = jax.tree.leaves(compiled.input_shardings)
   shardings += jax.tree.leaves(compiled.output_shardings)
   devices = list(shardings[0].device_set) if shardings else jax.devices()[:1]
-  kind, platform = devices[0].device_kind, devices[0].platform
+  kind = devices[0].device_kind
+  limit = (devices[0].memory_stats() or {}).get('bytes_limit')
   for target in _targets.TARGETS.values():
-    # Two GPUs of one kind share their name: they differ in memory.
-    if target.platform == platform == 'cpu' or target.device == kind:
-      return kind, len(devices), target.capacity_bytes
-  stats = devices[0].memory_stats() or {}
-  return kind, len(devices), stats.get('bytes_limit')
+    if limit is None and kind == target.device:
+      limit = target.capacity_bytes
+  return kind, len(devices), limit

@@ -114,12 +114,21 @@ def test_prints_and_goes_into_json():
   assert len(report.largest) <= 10
 
 
-def test_an_unknown_device_tells_its_own_limit():
+@pytest.mark.parametrize(
+  'kind, stats, capacity',
+  [
+    ('TPU v9', {'bytes_limit': 1000}, 1000),
+    ('NVIDIA H200', {'bytes_limit': 2000}, 2000),  # of which JAX takes a part
+    ('NVIDIA H200', None, 151_397_597_184),
+    ('TPU v9', None, None),
+  ],
+)
+def test_the_capacity_of_a_device_that_is_here(kind, stats, capacity):
   class Device:
-    device_kind, platform = 'TPU v9', 'tpu'
+    device_kind = kind
 
     def memory_stats(self):
-      return {'bytes_limit': 1000}
+      return stats
 
   class Sharding:
     device_set = {Device()}
@@ -136,9 +145,10 @@ def test_an_unknown_device_tells_its_own_limit():
   x = jnp.ones((64, 64))
   compiled = jax.jit(_step).lower(x, x).compile()
   report = memory.report(Foreign(compiled))
-  assert (report.device, report.capacity_bytes) == ('TPU v9', 1000)
-  assert report.fits is False
-  assert 'does not fit' in str(report)
+  assert (report.device, report.capacity_bytes) == (kind, capacity)
+  assert report.fits is (None if capacity is None else capacity > 1e6)
+  words = {True: 'fits', False: 'does not fit', None: 'capacity unknown'}
+  assert words[report.fits] in str(report)
 
 
 def test_report_without_an_analysis():

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Peak memory of a whole training step, by the compilers of TPU and GPU.
+
+  python benchmarks/peak.py [--model NAME ...] [--target NAME ...]
+
+GPT-2 of 124 M parameters, GPTs of 1 B and 7 B (layers scanned, activations
+recomputed, one sequence of 1024), and the step of `make demo`. No device is
+needed: `memory.compile_for` runs their compilers here.
+"""
+
+import argparse
+import dataclasses
+import functools
+import pathlib
+import sys
+from typing import Any
+
+import jax
+from matplotlib import figure
+from rich import progress
+
+from contenders import CONTENDERS
+from contenders import Contender
+from contenders import FAMILIES
+from optax_mp import memory
+from optax_mp.memory import gpt
+import results
+
+sys.path.append(str(pathlib.Path(__file__).parents[1] / 'examples'))
+
+import train_gpt
+
+SIZES = {
+  '124M': gpt.Size(12, 768),
+  '1B': gpt.Size(18, 2048),
+  '7B': gpt.Size(32, 4096),
+}
+MODELS = (*SIZES, 'demo')
+TARGETS = ('h100', 'tpu-v5e')
+
+
+def compile_gpt(
+  size: gpt.Size, contender: Contender, target: str
+) -> memory.Compiled:
+  """Compiles a step of a GPT."""
+  tx = contender.make(1e-4)
+  params = gpt.shapes(size, contender.dtype)
+  state = jax.eval_shape(tx.init, params)
+  return memory.compile_for(
+    target,
+    gpt.make_step(tx),
+    params,
+    state,
+    gpt.tokens(size),
+    donate_argnums=(0, 1),
+  )
+
+
+def compile_demo(contender: Contender, target: str) -> memory.Compiled:
+  """Compiles the step of `make demo`, in bfloat16 as on any accelerator."""
+  family = FAMILIES[contender.family]
+  config = train_gpt.Config(
+    learning_rate=family.learning_rate, compute_dtype='bfloat16'
+  )
+
+  def compiler(fn, donated, *args):
+    return memory.compile_for(target, fn, *args, donate_argnums=donated)
+
+  tx = train_gpt.scheduled(config, contender.make, **family.others)
+  built = train_gpt.setup(config, tx, contender.dtype, compiler)
+  return built.programs['step']
+
+
+def measure(model: str, contender: Contender, target: str) -> dict[str, Any]:
+  """The report of one step, and its bytes per parameter."""
+  if model == 'demo':
+    compiled = compile_demo(contender, target)
+  else:
+    compiled = compile_gpt(SIZES[model], contender, target)
+  report = memory.report(compiled).to_dict()
+  return report | {'params': num_params(model)}
+
+
+@functools.cache
+def num_params(model: str) -> int:
+  """Parameters of a model."""
+  if model in SIZES:
+    return SIZES[model].num_params
+  config = train_gpt.Config()
+  built = train_gpt.setup(config, compiler=lambda *_: None)
+  return sum(x.size for x in jax.tree.leaves(built.shapes.params))
+
+
+def plot(steps: dict[str, dict[str, dict[str, dict]]]) -> figure.Figure:
+  """Peaks of every model and target, with what the device has."""
+  panels = [(m, t) for m, targets in steps.items() for t in targets]
+  drawn = figure.Figure((10, 3.2 * len(steps)), layout='constrained')
+  columns = len(panels) // len(steps)
+  grid = drawn.subplots(len(steps), columns, squeeze=False)
+  for axes, (model, target) in zip(grid.flat, panels, strict=True):
+    rows = steps[model][target]
+    peaks = [r['peak_bytes'] / 1e9 for r in rows.values()]
+    colors = ['0.6' if n.startswith('optax') else 'tab:blue' for n in rows]
+    bars = axes.barh(list(rows), peaks, color=colors)
+    axes.bar_label(bars, fmt=' %.3g', fontsize='small')
+    capacity = next(iter(rows.values()))['capacity_bytes'] / 1e9
+    if capacity < 4 * max(peaks):
+      axes.axvline(capacity, color='tab:red', linestyle='--')
+    axes.set(title=f'{model}, {target}', xlabel='peak of a step, GB')
+    axes.margins(x=0.15)
+    axes.invert_yaxis()
+  return drawn
+
+
+def main(argv: list[str] | None = None) -> None:
+  """Compiles everything, draws and writes."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+  )
+  add = parser.add_argument
+  add('--model', action='append', choices=MODELS)
+  add('--target', action='append', choices=memory.targets())
+  add('--only', action='append', choices=CONTENDERS, help='contenders')
+  add('--out', type=pathlib.Path, default=results.FOLDER)
+  arguments = parser.parse_args(argv)
+  steps: dict[str, Any] = {}
+  jobs = [
+    (model, target, name)
+    for model in arguments.model or MODELS
+    for target in arguments.target or TARGETS
+    for name in arguments.only or CONTENDERS
+  ]
+  for model, target, name in progress.track(jobs, 'compiling'):
+    row = measure(model, CONTENDERS[name], target)
+    steps.setdefault(model, {}).setdefault(target, {})[name] = row
+  sizes = {m: dataclasses.asdict(SIZES[m]) for m in steps if m in SIZES}
+  results.save(
+    'peak', {'sizes': sizes, 'steps': steps}, plot(steps), arguments.out
+  )
+
+
+if __name__ == '__main__':
+  jax.config.update('jax_platforms', 'cpu')
+  main()

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The quality benchmark at a size of seconds: its statistic and its JSON."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from contenders import CONTENDERS
+import quality
+import results
+
+TINY = dataclasses.replace(
+  quality.CONFIG,
+  layers=1,
+  width=64,
+  heads=2,
+  context=16,
+  batch=2,
+  steps=4,
+  warmup=2,
+  validate_every=4,
+  validation_batches=2,
+)
+NAMES = ['optax.adamw, float32', 'adamw_bf16']
+
+
+# Compiled once for all tests.
+_build = functools.cache(quality.build)
+
+
+def _run(monkeypatch, folder, *flags):
+  monkeypatch.setattr(quality, 'CONFIG', TINY)
+  monkeypatch.setattr(
+    'sys.argv', ['quality.py', '--steps', '4', '--out', str(folder), *flags]
+  )
+  quality.main()
+
+
+def test_gap_is_paired():
+  """Exact: differences of 1, 2 and 6 have mean 3 and variance 14 / 2."""
+  gap = quality.paired_gap([11.0, 52.0, 36.0], [10.0, 50.0, 30.0])
+  assert gap == (3.0, math.sqrt(7) / math.sqrt(3))
+
+
+def test_seeds_that_differ_alike_leave_no_error():
+  """Exact: however far the seeds are apart."""
+  assert quality.paired_gap([1.5, 100.5], [1.0, 100.0]) == (0.5, 0.0)
+
+
+@pytest.mark.parametrize('losses, reference', [([1], [1]), ([1, 2], [1])])
+def test_gap_needs_pairs(losses, reference):
+  with pytest.raises(ValueError, match='two or more seeds, each in'):
+    quality.paired_gap(losses, reference)
+
+
+def test_references_come_first():
+  assert quality.with_references(['adamw_bf16']) == NAMES
+  assert quality.with_references(['lion_bf16']) == [
+    'optax.lion, float32',
+    'lion_bf16',
+  ]
+  assert quality.with_references(list(CONTENDERS)) == list(CONTENDERS)
+
+
+def test_seeds_and_contenders_share_weights():
+  """Exact: of one seed float32 and bfloat16, rounded; seeds differ."""
+  full, low = (_build(TINY, CONTENDERS[name]) for name in NAMES)
+  weights = full.create(3).params['bytes']['embedding']
+  rounded = low.create(3).params['bytes']['embedding']
+  np.testing.assert_array_equal(weights.astype(rounded.dtype), rounded)
+  assert np.any(weights != full.create(4).params['bytes']['embedding'])
+
+
+def test_main_writes_every_field(tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(quality, 'build', _build)
+  _run(monkeypatch, tmp_path, '--seeds', '2', '--only', 'adamw_bf16')
+  result = results.load('quality', tmp_path)
+  assert {'conditions', 'config', 'families'} < result.keys()
+  assert result['config']['steps'] == 4 and result['seeds'] == [0, 1]
+  shapes = _build(TINY, CONTENDERS['adamw_bf16']).shapes.params
+  sizes = [leaf.size for leaf in jax.tree.leaves(shapes)]
+  assert result['num_params'] == sum(sizes)
+
+  rows = result['contenders']
+  assert list(rows) == NAMES
+  reference, ours = rows.values()
+  for row in rows.values():
+    assert row['reference'] == 'optax.adamw, float32'
+    assert row['mean'] == sum(row['losses']) / 2
+    gap = quality.paired_gap(row['losses'], reference['losses'])
+    assert (row['gap'], row['standard_error']) == gap
+  assert reference['gap'] == reference['standard_error'] == 0
+  assert len({*reference['losses'], *ours['losses']}) == 4
+  assert (tmp_path / 'quality.png').stat().st_size > 5_000
+  assert 'adamw_bf16' in capsys.readouterr().out
+
+
+def test_an_interrupted_run_leaves_what_it_has(tmp_path, monkeypatch):
+  def interrupted(config, contender):
+    if contender is CONTENDERS['adamw_bf16']:
+      raise KeyboardInterrupt
+    return _build(config, contender)
+
+  monkeypatch.setattr(quality, 'build', interrupted)
+  with pytest.raises(KeyboardInterrupt):
+    _run(monkeypatch, tmp_path, '--seeds', '2', '--only', 'adamw_bf16')
+  assert list(results.load('quality', tmp_path)['contenders']) == NAMES[:1]
+
+
+def test_one_seed_is_refused(tmp_path, monkeypatch, capsys):
+  with pytest.raises(SystemExit):
+    _run(monkeypatch, tmp_path, '--seeds', '1')
+  assert 'one seed has no standard error' in capsys.readouterr().err
