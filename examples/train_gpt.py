@@ -223,7 +223,7 @@ class Setup(NamedTuple):
   create: Callable[..., State]  # of a seed; without one, of the config's
   shapes: State
   tx: optax.GradientTransformationExtraArgs
-  step: Callable[[State, np.ndarray], tuple[State, jax.Array]]
+  step: Callable[[State, jax.typing.ArrayLike], tuple[State, jax.Array]]
   programs: dict[str, jax.stages.Compiled]
   validate: Callable[[chex.ArrayTree, np.ndarray], jax.Array]
 
