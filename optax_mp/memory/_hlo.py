@@ -100,7 +100,9 @@ class Program:
       return 2 * i.bytes
     if i.opcode == 'dynamic-update-slice':
       return 2 * operands[1].bytes
-    if i.opcode.endswith('-start'):
+    if i.opcode.endswith('slice-start'):
+      return _moved_by_slice(i)
+    if i.opcode.endswith('-start') and i.shape.startswith('('):
       return i.bytes  # the result names operands and results
     return i.bytes + sum(operand.bytes for operand in operands)
 
@@ -122,6 +124,18 @@ class Program:
     if len(results) != len(written):  # the root is no tuple, its shape is
       return moved + sum(results)
     return moved + sum(map(min, results, written))
+
+
+def _moved_by_slice(i: _Instruction) -> int:
+  """A copy of part of an array, from or to a TPU's vector memory.
+
+  The result is `((operands), result, context)`.
+  """
+  arrays = list(_ARRAY.finditer(i.shape))
+  source, result = arrays[0], arrays[len(i.operands)]
+  part = arrays[1] if 'update' in i.opcode else result
+  ends = (part if 'update' in i.opcode else source), result
+  return sum(_size(part) for end in ends if not _elsewhere(end))
 
 
 def _read(i: _Instruction, users) -> int:
@@ -175,9 +189,17 @@ def _closing(text: str) -> int:
 
 
 def _array_bytes(match: re.Match) -> int:
-  """Of `bf16[8,128]{1,0}`; none for an array in another memory, `S(1)`."""
-  kind, bits, dims, layout = match.groups()
-  if kind == 'token' or 'S(' in (layout or ''):
+  """Of `bf16[8,128]{1,0}`; none for an array in another memory."""
+  return 0 if _elsewhere(match) else _size(match)
+
+
+def _elsewhere(match: re.Match) -> bool:
+  return 'S(' in (match[4] or '')
+
+
+def _size(match: re.Match) -> int:
+  kind, bits, dims, _ = match.groups()
+  if kind == 'token':
     return 0
   size = 1
   for dim in filter(None, dims.split(',')):

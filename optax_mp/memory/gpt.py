@@ -22,7 +22,13 @@ _HEAD = 64  # width of an attention head, in GPT-2 of every size
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-  """Of a GPT and of what one device gets to train on."""
+  """Of a GPT and of what one device gets to train on.
+
+  Examples:
+    >>> from optax_mp.memory import gpt
+    >>> f'{gpt.Size(layers=12, width=768, vocabulary=50257).num_params:,}'
+    '124,439,808'
+  """
 
   layers: int
   width: int

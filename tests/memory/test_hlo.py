@@ -77,6 +77,42 @@ fusion(%d, %d), kind=kLoop, calls=%fused
   assert _hlo.Program(text.replace('\\\n', '')).bytes_moved() == 2 * matrix
 
 
+@pytest.mark.parametrize(
+  'start, moved',
+  [
+    # A quarter of a matrix is read into vector memory ...
+    (
+      '((f32[8,8]{1,0}), f32[2,8]{1,0:T(8,128)S(1)}, s32[]{:S(2)}) '
+      'slice-start(%x), slice={[0:2], [0:8]}',
+      64,
+    ),
+    # ... written back, ...
+    (
+      '((f32[8,8]{1,0}, f32[2,8]{1,0:S(1)}, s32[], s32[]), f32[8,8]{1,0}, '
+      'u32[]{:S(2)}) dynamic-update-slice-start(%x, %u, %i, %i)',
+      64,
+    ),
+    # ... or copied within main memory.
+    (
+      '((f32[8,8]{1,0}, s32[], s32[]), f32[2,8]{1,0}, u32[]{:S(2)}) '
+      'dynamic-slice-start(%x, %i, %i)',
+      128,
+    ),
+    ('f32[8,8]{1,0} all-reduce-start(%x)', 512),
+    ('(f32[8,8]{1,0}, f32[16,8]{1,0}) all-gather-start(%x)', 768),
+  ],
+)
+def test_copies_beside_the_computation(start, moved):
+  text = f"""
+ENTRY %main (x: f32[8,8]) -> f32[8,8] {{
+  %x = f32[8,8]{{1,0:T(8,128)}} parameter(0)
+  %s = {start}
+  ROOT %d = f32[8,8]{{1,0}} any-done(%s)
+}}
+"""
+  assert _hlo.Program(text).bytes_moved() == moved
+
+
 def test_branches_count_as_the_largest():
   text = """
 HloModule m
