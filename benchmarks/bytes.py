@@ -28,8 +28,7 @@ SHAPE = (8192, 8192)
 PUBLISHED = {
   'FlashOptim, 8-bit moments, 24-bit weights': (7, 'arXiv 2602.23349'),
   'FlashOptim, the same, gradients released': (5, 'arXiv 2602.23349'),
-  'optimi, bfloat16 with Kahan summation': (12, 'optimi, documentation'),
-  'optimi, the same, gradients released': (10, 'optimi, documentation'),
+  'optimi, bfloat16 with Kahan summation': (10, 'optimi, documentation'),
 }
 
 

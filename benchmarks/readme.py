@@ -1,124 +1,188 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the numbers of README.md: `make readme`.
+"""Writes the numbers of both READMEs: `make readme`.
 
-Tables stand between `<!-- begin NAME -->` and `<!-- end NAME -->`. Bytes come
-from `memory.plan`, losses and speeds from `benchmarks/results/demo.json`, which
-`make demo` wrote; a test compares the README with what this script makes.
+Tables stand between `<!-- begin NAME -->` and `<!-- end NAME -->`. Their
+numbers are in `benchmarks/results/*.json`, which the benchmarks and `make demo`
+wrote; a test compares the pages with what this script makes.
 """
 
-import json
 import pathlib
 import re
+from typing import Any
 
-import jax
-import jax.numpy as jnp
-import optax
-
-import optax_mp
+from contenders import CONTENDERS
 from optax_mp import formats
-from optax_mp import memory
+import results
 
+REFERENCE = 'optax.adamw, float32'
 ROOT = pathlib.Path(__file__).parents[1]
-README = ROOT / 'README.md'
-DEMO = ROOT / 'benchmarks' / 'results' / 'demo.json'
-PARTS = ('params', 'residual', 'moments', 'gradients')
 
-RECIPES = [
-  ('`optax.adamw`, float32', optax.adamw(1e-3), jnp.float32),
-  ('`adamw_bf16`', optax_mp.adamw_bf16(1e-3), jnp.bfloat16),
-  ('`adamw_bf16`, 8', optax_mp.adamw_bf16(1e-3, residual_bits=8), jnp.bfloat16),
-  ('`adamw_bf16`, 0', optax_mp.adamw_bf16(1e-3, residual_bits=0), jnp.bfloat16),
-  ('`optax.sgd`, momentum, float32', optax.sgd(0.1, momentum=0.9), jnp.float32),
-  ('`sgdm_bf16`', optax_mp.sgdm_bf16(0.1), jnp.bfloat16),
-  ('`optax.lion`, float32', optax.lion(1e-4), jnp.float32),
-  ('`lion_bf16`', optax_mp.lion_bf16(1e-4), jnp.bfloat16),
-]
 FORMATS = [
   (formats.Split(16), 'exact', 'no', 'a float32, cut in two'),
   (formats.Split(8), '16 bits', 'no', 'the default of the recipes'),
-  (formats.BFloat16('stochastic'), '8 bits, unbiased', 'yes', 'the smallest'),
+  (
+    formats.BFloat16('stochastic'),
+    '8 bits, unbiased',
+    'yes',
+    'the smallest',
+  ),
   (formats.BFloat16(), '8 bits', 'no', 'first moments only'),
 ]
-
-
-def recipes() -> str:
-  """Bytes per parameter of each recipe, in parts."""
-  rows = []
-  for name, tx, dtype in RECIPES:
-    params = {'w': jax.ShapeDtypeStruct((8192, 8192), dtype)}
-    plan = memory.plan(tx, params, gradients=dtype)
-    parts = dict.fromkeys(PARTS, 0.0)
-    for row in plan.rows:
-      known = row.field if row.field in parts else 'moments'
-      parts[known] += row.bytes_per_param
-    values = [*parts.values(), plan.bytes_per_param]
-    rows.append([name, *(f'{value:.0f}' for value in values)])
-  return _table(['recipe, residual bits', *PARTS, 'total'], rows)
-
-
-def formats_table() -> str:
-  """What each format needs and keeps."""
-  rows = [
-    [
-      f'`{_call(f)}`',
-      f'{_bytes(f):.0f}',
-      *say,
-    ]
-    for f, *say in FORMATS
-  ]
-  return _table(['format', 'bytes', 'significant', 'key?', ''], rows)
-
-
-def demo() -> str:
-  """The demo's runs: loss, gap, bytes, peak, speed."""
-  runs = json.loads(DEMO.read_text())['runs']
-  reference = runs['adamw_fp32']['validation']
-  rows = [
-    [
-      run['name'],
-      f'{run["validation"]:.4f}',
-      f'{run["validation"] - reference:+.4f}',
-      f'{run["bytes_per_param"]["total"]:.1f}',
-      f'{run["peak_bytes"] / 1e6:.1f}',
-      f'{run["tokens_per_second"]:,.0f}',
-    ]
-    for run in runs.values()
-  ]
-  head = ['', 'validation loss', 'gap', 'B/param', 'peak MB', 'tokens/s (CPU)']
-  return _table(head, rows)
+# Models and targets of `benchmarks/peak.py`.
+PEAKS = [('124M', 'h100'), ('124M', 'tpu-v5e'), ('7B', 'h100')]
+UPDATE_TARGETS = ('h100', 'tpu-v5e')
+DEMO = {
+  'adamw_fp32': 'optax.adamw, float32',
+  'adamw_plain_bf16': 'optax.adamw, bfloat16',
+  'adamw_bf16': 'adamw_bf16',
+}
 
 
 def headline() -> str:
   """One sentence with one number and its conditions."""
-  result = json.loads(DEMO.read_text())
-  runs, config = result['runs'], result['config']
-  ours, full, plain = (
-    runs[k] for k in ('adamw_bf16', 'adamw_fp32', 'adamw_plain_bf16')
+  counted = results.load('bytes')['counted']
+  quality = results.load('quality')
+  sizes = [counted[name]['total'] for name in (DEMO['adamw_bf16'], REFERENCE)]
+  ours, plain = (
+    _gap(quality['contenders'][DEMO[key]])
+    for key in ('adamw_bf16', 'adamw_plain_bf16')
   )
-  size = ours['bytes_per_param']['total'], full['bytes_per_param']['total']
-  gaps = [run['validation'] - full['validation'] for run in (ours, plain)]
-  millions = result['num_params'] / 1e6
+  millions = quality['num_params'] / 1e6
   return '\n'.join(
     [
-      f'AdamW in **{size[0]:.0f} bytes per parameter instead of '
-      f'{size[1]:.0f}**, gradients included: on a',
+      f'AdamW in **{sizes[0]:.0f} bytes per parameter instead of '
+      f'{sizes[1]:.0f}**, gradients included: on a',
       f'byte-level GPT of {millions:.1f} M parameters, after '
-      f'{config["steps"]} steps of one seed, the validation',
-      f'loss is {gaps[0]:+.4f} from float32; plain bfloat16 is '
-      f'{gaps[1]:+.4f} from it.',
+      f'{quality["config"]["steps"]} steps, the validation loss is',
+      f'{ours} from float32 (mean and standard error of '
+      f'{len(quality["seeds"])} seeds);',
+      f'plain bfloat16 is {plain} from it.',
     ]
   )
 
 
-def filled(text: str) -> str:
-  """The README with every block made anew."""
-  blocks = {
-    'headline': headline,
-    'demo': demo,
-    'recipes': recipes,
-    'formats': formats_table,
-  }
-  for name, make in blocks.items():
+def recipes() -> str:
+  """Each recipe: bytes, loss, peaks of whole steps."""
+  counted = results.load('bytes')['counted']
+  quality = results.load('quality')['contenders']
+  steps = results.load('peak')['steps']
+  rows = [
+    [
+      f'`{name}`',
+      f'{counted[name]["total"]:.0f}',
+      _gap(quality[name]) if quality[name]['reference'] != name else '',
+      *(_peak(steps[model][target][name]) for model, target in PEAKS),
+    ]
+    for name in CONTENDERS
+    if name == REFERENCE or CONTENDERS[name].reference != name
+  ]
+  head = ['recipe, residual bits', 'B/param', 'loss, gap to float32']
+  return _table(head + [f'{m}, {t}' for m, t in PEAKS], rows)
+
+
+def update() -> str:
+  """The optimizer's step alone, ours and others'."""
+  rows = []
+  for name, row in results.load('update')['rows'].items():
+    measured = row.get('measured', {}).get('one leaf', {})
+    programs = row.get('compiled', {})
+    cells = [f'`{name}`', _cell(measured, '{bytes:.1f}')]
+    for target in UPDATE_TARGETS:
+      large = programs.get(target, {}).get('large leaf', {})
+      cells += [_cell(large, '{temporary:.1f}'), _cell(large, '{moved:.1f}')]
+    cells.append(_cell(measured, '{ratio:.1f} ({low:.1f}-{high:.1f})'))
+    if any(cells[1:]):
+      rows.append(cells)
+  head = ['update', 'B/param']
+  for target in UPDATE_TARGETS:
+    head += [f'{target}: temporary', 'moved']
+  return _table([*head, 'time, CPU'], rows)
+
+
+def demo() -> str:
+  """The demo's runs: loss, bytes, speed, and the peaks of its step."""
+  runs = results.load('demo')['runs']
+  steps = results.load('peak')['steps']['demo']
+  rows = [
+    [
+      run['name'],
+      f'{run["validation"]:.4f}',
+      f'{run["bytes_per_param"]["total"]:.1f}',
+      f'{run["tokens_per_second"]:,.0f}',
+      f'{run["peak_bytes"] / 1e6:.1f}',
+      *(f'{_data(rows[DEMO[key]]) / 1e6:.1f}' for rows in steps.values()),
+    ]
+    for key, run in runs.items()
+  ]
+  head = ['', 'validation loss', 'B/param', 'tokens/s (CPU)', 'peak MB: CPU']
+  return _table([*head, *steps], rows)
+
+
+def kept() -> str:
+  """What each format needs and keeps."""
+  rows = [[f'`{_call(f)}`', f'{_bytes(f):.0f}', *say] for f, *say in FORMATS]
+  return _table(['format', 'bytes', 'significant', 'key?', ''], rows)
+
+
+def peaks() -> str:
+  """Peaks of all models on all targets."""
+  steps = results.load('peak')['steps']
+  pairs = [(model, target) for model in steps for target in steps[model]]
+  rows = [
+    [f'`{name}`', *(_peak(steps[m][t][name]) for m, t in pairs)]
+    for name in CONTENDERS
+  ]
+  return _table(['peak', *(f'{m}, {t}' for m, t in pairs)], rows)
+
+
+def quality() -> str:
+  """Losses and gaps."""
+  rows = [
+    [
+      f'`{name}`',
+      f'{row["mean"]:.4f}',
+      _gap(row) if row['reference'] != name else '',
+      f'`{row["reference"]}`',
+    ]
+    for name, row in results.load('quality')['contenders'].items()
+  ]
+  return _table(['contender', 'loss', 'gap', 'to'], rows)
+
+
+def speed() -> str:
+  """Tokens per second and compiled peaks."""
+  rows = [
+    [
+      f'`{name}`',
+      f'{row["tokens_per_second"]:,.0f}',
+      f'{row["ratio"]:.2f} ({row["ratio_p10"]:.2f}-{row["ratio_p90"]:.2f})',
+      f'{row["compiled_peak_bytes"] / 1e6:.1f}',
+    ]
+    for name, row in results.load('speed')['contenders'].items()
+  ]
+  return _table(['contender', 'tokens/s', 'ratio', 'peak MB'], rows)
+
+
+def published() -> str:
+  """What others say of theirs."""
+  rows = [
+    [row['name'], f'{row["total"]}', row['source']]
+    for row in results.load('bytes')['published']
+  ]
+  return _table(['library', 'B/param', 'source'], rows)
+
+
+PAGES = {
+  ROOT / 'README.md': (headline, recipes, demo, kept),
+  ROOT / 'benchmarks' / 'README.md': (update, peaks, quality, speed, published),
+}
+
+
+def filled(page: pathlib.Path) -> str:
+  """A page with every block made anew."""
+  text = page.read_text()
+  for make in PAGES[page]:
+    name = make.__name__
     begin, end = f'<!-- begin {name} -->', f'<!-- end {name} -->'
     assert begin in text and end in text, name
     block = f'{begin}\n{make()}\n{end}'
@@ -129,6 +193,25 @@ def filled(text: str) -> str:
 def _table(head: list[str], rows: list[list[str]]) -> str:
   lines = [head, ['---'] + ['---:'] * (len(head) - 1), *rows]
   return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
+
+
+def _gap(row: dict[str, Any]) -> str:
+  return f'{row["gap"]:+.4f} ± {row["standard_error"]:.4f}'
+
+
+def _peak(row: dict[str, Any]) -> str:
+  """GB, struck through where they are more than the device has."""
+  text = f'{row["peak_bytes"] / 1e9:.3g} GB'
+  return text if row['fits'] else f'~~{text}~~'
+
+
+def _data(row: dict[str, Any]) -> int:
+  return row['peak_bytes'] - row['generated_code_bytes']
+
+
+def _cell(figures: dict[str, Any], text: str) -> str:
+  """Empty where a library was not measured, or failed."""
+  return '' if not figures or 'error' in figures else text.format(**figures)
 
 
 def _bytes(format: formats.Format) -> float:
@@ -144,4 +227,5 @@ def _call(format: formats.Format) -> str:
 
 
 if __name__ == '__main__':
-  README.write_text(filled(README.read_text()))
+  for path in PAGES:
+    path.write_text(filled(path))

@@ -1,31 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """The README's code runs and its numbers are those that were measured."""
 
-import importlib.util
 import pathlib
 import re
 
 import jax
 import pytest
 
+import readme
+
 ROOT = pathlib.Path(__file__).parents[1]
 TEXT = (ROOT / 'README.md').read_text()
 CODE = re.findall(r'```python\n(.*?)```', TEXT, re.S)
 
 
-def _script():
-  spec = importlib.util.spec_from_file_location(
-    'readme', ROOT / 'benchmarks' / 'readme.py'
-  )
-  assert spec is not None and spec.loader is not None
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
-
-
-def test_numbers_are_made_by_the_script():
+@pytest.mark.parametrize('page', readme.PAGES, ids=lambda p: p.parent.name)
+def test_numbers_are_made_by_the_script(page):
   """Exact: `make readme` would change nothing."""
-  assert _script().filled(TEXT) == TEXT
+  assert readme.filled(page) == page.read_text()
 
 
 def test_code_runs(capsys):
@@ -47,6 +39,9 @@ def test_the_first_example_is_short_and_early():
   assert len(lines) <= 150
 
 
-@pytest.mark.parametrize('link', re.findall(r'\]\((?!http)([^)#]+)\)', TEXT))
-def test_links_lead_somewhere(link):
-  assert (ROOT / link).exists()
+@pytest.mark.parametrize('page', readme.PAGES, ids=lambda p: p.parent.name)
+def test_links_lead_somewhere(page):
+  links = re.findall(r'\]\((?!http)([^)#]+)\)', page.read_text())
+  assert links
+  for link in links:
+    assert (page.parent / link).exists(), link

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How much memory training takes: from shapes, and from the real compilers."""
 
+from optax_mp.memory import gpt as gpt
 from optax_mp.memory._buffers import Buffer as Buffer
 from optax_mp.memory._compile import compile_for as compile_for
 from optax_mp.memory._compile import targets as targets
@@ -18,6 +19,7 @@ __all__ = (
   'Report',
   'Row',
   'compile_for',
+  'gpt',
   'plan',
   'report',
   'targets',

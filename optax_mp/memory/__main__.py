@@ -25,6 +25,11 @@ from optax_mp.memory import _survey
 from optax_mp.memory import _targets
 from optax_mp.memory import gpt
 
+_GPU = (
+  "JAX takes 75 % of a GPU's memory, unless the environment variable "
+  'XLA_PYTHON_CLIENT_MEM_FRACTION gives it more; the driver takes some, too.'
+)
+
 
 def recipes(residual_bits: int) -> list[_survey.Recipe]:
   """AdamW as Optax has it, in two dtypes, and every recipe of ours.
@@ -69,6 +74,9 @@ def size_of(arguments: argparse.Namespace) -> gpt.Size:
     ValueError: if the flags leave it open, or contradict each other.
   """
   params, layers, width = arguments.params, arguments.layers, arguments.width
+  for name, value in (('params', params), ('devices', arguments.devices)):
+    if value is not None and not 1 <= value < 1e15:
+      raise ValueError(f'`--{name}` must be positive; got {value}.')
   if params is None:
     if layers is None or width is None:
       raise ValueError(
@@ -93,9 +101,9 @@ def size_of(arguments: argparse.Namespace) -> gpt.Size:
   )
   if not 0.75 < size.num_params / params < 1.33:
     raise ValueError(
-      f'`--params` must agree with `--layers` and `--width`; got {params:.3g}, '
-      f'and {layers} layers of {width} have {size.num_params:.3g}. Leave one '
-      'of the three out.'
+      f'`--params` must agree with the other flags; got {params:.3g}, and '
+      f'{layers} layers of width {width} with a vocabulary of '
+      f'{size.vocabulary} have {size.num_params:.3g}. Change one of them.'
     )
   return size
 
@@ -147,6 +155,10 @@ def main(argv: list[str] | None = None) -> None:
   arguments = parse(argv)
   # Steps are only traced here: no reason to take this machine's accelerator.
   jax.config.update('jax_platforms', 'cpu')
+  if arguments.target == 'cpu':
+    jax.config.update('jax_num_cpu_devices', arguments.devices)
+  if arguments.plot:
+    _show.check(arguments.plot)
   size = size_of(arguments)
   found = recipes(arguments.residual_bits)
   names = [recipe.name for recipe in found]
@@ -163,14 +175,16 @@ def main(argv: list[str] | None = None) -> None:
     f'of width {size.width}, context {size.context}, batch {size.batch}, on '
     f'{arguments.devices} x {chosen.report.device}'
   )
+  print(title, _show.table(rows, size), sep='\n\n')
+  if _targets.find(arguments.target).platform == 'cuda':
+    print(f'\n{_GPU}')
+  print(f'\n{chosen.name}', chosen.report, sep='\n\n')
   if arguments.plot:
     _show.plot(rows, title, arguments.plot)
-  print(title, _show.table(rows, size), sep='\n\n')
-  print(f'\n{chosen.name}', chosen.report, sep='\n\n')
 
 
 if __name__ == '__main__':
   try:
     main()
-  except ValueError as error:
+  except (ValueError, RuntimeError) as error:
     sys.exit(f'error: {error}')

@@ -26,8 +26,9 @@ _VALUE = re.compile(
 )
 _RANGE = re.compile(r'^ +(\S+?\{[\d,]*\}):(\d+)-(\d+)$')
 _PARAMETER = re.compile(r'\bparameter (\d+),')
-# Other memories than the device's main one: TPU vector memory, the host.
-_ELSEWHERE = re.compile(r'\bcolor [1-9]')
+# Other memories than the device's main one: TPU vector memory, the host; what
+# lies on the stack of a thread.
+_ELSEWHERE = re.compile(r'\bcolor [1-9]|thread-local')
 
 
 @dataclasses.dataclass(frozen=True)

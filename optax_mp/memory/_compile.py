@@ -4,29 +4,26 @@
 from collections.abc import Callable, Sequence
 import contextlib
 import dataclasses
-import re
+import functools
 from typing import Any
 
 import jax
-from jax import export
 
 from optax_mp.memory import _buffers
+from optax_mp.memory import _export
 from optax_mp.memory import _hlo
 from optax_mp.memory import _installed
 from optax_mp.memory import _targets
 from optax_mp.memory import _worker
 from optax_mp.memory import _xla
 
-_CUSTOM_CALL = re.compile(r'custom_call @([\w.$]+)\(')
 
-Mesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
-
-
+@functools.cache
 def targets() -> tuple[str, ...]:
   """Names what :func:`compile_for` can compile for here and now.
 
   Depends on the extras ``tpu`` and ``gpu``, and on what the installed libtpu
-  knows. Asks it once.
+  knows.
 
   Returns:
     Names of devices. Those of TPUs are of one device as JAX has it: a chip, of
@@ -55,7 +52,7 @@ def compile_for(
   *args: Any,
   donate_argnums: int | Sequence[int] = (),
   static_argnums: int | Sequence[int] = (),
-  mesh: Mesh | None = None,
+  mesh: _export.Mesh | None = None,
 ) -> _xla.Compiled:
   """Compiles a step for a device that need not be here, to see what it takes.
 
@@ -70,7 +67,8 @@ def compile_for(
     fn: a step, jitted or not; a jitted one keeps its own donated and static
       arguments and shardings. What it asks of ``jax.default_backend()`` or
       ``jax.devices()`` it is told of this machine.
-    *args: its arguments: arrays, or ``jax.ShapeDtypeStruct`` in their place.
+    *args: its arguments: arrays, or ``jax.ShapeDtypeStruct`` in their place;
+      where it takes keywords, give a ``lambda``.
     donate_argnums: the arguments whose memory the outputs may reuse.
     static_argnums: the arguments that are no arrays.
     mesh: for several devices of one slice or node: the mesh of the arguments'
@@ -98,12 +96,14 @@ def compile_for(
   if missing := _installed.missing(found.platform):
     raise ValueError(f'`target` {target!r} has no compiler here: {missing}')
   num_devices = mesh.size if mesh is not None else 1
+  if num_devices < 1:
+    raise ValueError(f'`mesh` must have a device at least; got {mesh}.')
   found.topology(num_devices)
-  fn = _jitted(fn, donate_argnums, static_argnums)
-  args = jax.tree.map(_shape, args)
+  fn = _export.jitted(fn, donate_argnums, static_argnums)
+  args = jax.tree.map(_export.shape, args)
   with _in(mesh):
     traced = fn.trace(*args)
-    exported = _export(fn, args, found.platform)
+    exported = _export.lower(fn, args, found.platform)
   if exported.nr_devices not in (1, num_devices):
     raise ValueError(
       f'`mesh` must be the one that shards the arguments, of '
@@ -116,111 +116,24 @@ def compile_for(
   if found.platform == 'cpu':
     compiled = _xla.compile_exported(exported, job)
   else:
-    program = _serialize(exported)
+    program = _export.serialize(exported)
     compiled = _worker.ask(found.platform, 'compile', program, job)
-  paths = _paths(traced)
+  paths = _export.paths(traced)
   return _named(compiled, [paths[i] for i in exported.module_kept_var_idx])
 
 
-def _axes(mesh: Mesh) -> tuple[tuple[str, int, Any], ...]:
+def _axes(mesh: _export.Mesh) -> tuple[tuple[str, int, Any], ...]:
   """Names, sizes and types of a mesh's axes."""
   return tuple(
     zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
   )
 
 
-def _jitted(fn, donate_argnums, static_argnums) -> Any:
-  """Jits, unless the caller did."""
-  if not isinstance(fn, jax.stages.Wrapped):
-    return jax.jit(
-      fn, donate_argnums=donate_argnums, static_argnums=static_argnums
-    )
-  for name, given in (
-    ('donate_argnums', donate_argnums),
-    ('static_argnums', static_argnums),
-  ):
-    if given != ():
-      raise ValueError(
-        f'`{name}` is for a function that is not jitted; got {given} and a '
-        f'jitted one. Give it to `jax.jit`.'
-      )
-  return fn
-
-
-def _shape(leaf: Any) -> Any:
-  """An array's shape; its sharding if it is of a mesh, not of this machine."""
-  if not (hasattr(leaf, 'shape') and hasattr(leaf, 'dtype')):
-    return leaf
-  sharding = getattr(leaf, 'sharding', None)
-  if isinstance(sharding, jax.sharding.NamedSharding):
-    sharding = jax.sharding.NamedSharding(
-      _abstract(sharding.mesh), sharding.spec
-    )
-  else:
-    sharding = None
-  weak = getattr(leaf, 'weak_type', False)
-  return jax.ShapeDtypeStruct(
-    leaf.shape, leaf.dtype, sharding=sharding, weak_type=weak
-  )
-
-
-def _in(mesh: Mesh | None) -> Any:
+def _in(mesh: _export.Mesh | None) -> Any:
   """The context in which specs without a mesh mean this one."""
   if mesh is None:
     return contextlib.nullcontext()
-  return jax.sharding.use_abstract_mesh(_abstract(mesh))
-
-
-def _abstract(mesh: Mesh) -> jax.sharding.AbstractMesh:
-  """The mesh, of devices of no kind."""
-  return jax.sharding.AbstractMesh(
-    mesh.axis_sizes, mesh.axis_names, axis_types=mesh.axis_types
-  )
-
-
-def _export(fn, args, platform: str) -> export.Exported:
-  """Lowers for a platform, to a form that can travel."""
-  allowed: set[str] = set()
-  while True:
-    checks = [export.DisabledSafetyCheck.custom_call(name) for name in allowed]
-    exporter = export.export(fn, platforms=[platform], disabled_checks=checks)
-    try:
-      exported = exporter(*args)
-      break
-    except ValueError as error:
-      # `jax.export` guards programs that are kept for long against custom calls
-      # that may change. Ours is compiled at once, by the same JAX.
-      refused = set(_CUSTOM_CALL.findall(str(error))) - allowed
-      if not refused:
-        raise
-      allowed |= refused
-  # Containers of the caller's own types cannot be written; arrays can.
-  inputs = ((0,) * len(exported.in_avals), {})
-  return dataclasses.replace(
-    exported,
-    in_tree=jax.tree.structure(inputs),
-    out_tree=jax.tree.structure((0,) * len(exported.out_avals)),
-  )
-
-
-def _serialize(exported: export.Exported) -> bytearray:
-  """Writes a program for another process."""
-  try:
-    return exported.serialize()
-  except KeyError as error:
-    raise ValueError(
-      f'`fn` has arrays of dtype {error.args[0]}, which `jax.export` cannot '
-      'write; got them as arguments or results. Convert them inside of `fn`.'
-    ) from error
-
-
-def _paths(traced: jax.stages.Traced) -> list[str]:
-  """What the arguments are called: "params['w']"."""
-  leaves = jax.tree_util.tree_leaves_with_path(traced.args_info)
-  paths = [jax.tree_util.keystr(path) for path, _ in leaves]
-  info = getattr(getattr(traced.jaxpr, 'jaxpr', None), 'debug_info', None)
-  names = getattr(info, 'arg_names', None)
-  return list(names) if names and len(names) == len(paths) else paths
+  return jax.sharding.use_abstract_mesh(_export.abstract(mesh))
 
 
 def _named(compiled: _xla.Compiled, paths: list[str]) -> _xla.Compiled:

@@ -10,6 +10,7 @@ from optax_mp.memory import _buffers
 from optax_mp.memory import _hlo
 from optax_mp.memory import _table
 from optax_mp.memory import _targets
+from optax_mp.memory import _traffic
 from optax_mp.memory import _xla
 
 _LARGEST = 10
@@ -33,8 +34,16 @@ class Report:
   capacity_bytes: int | None  # None if the device does not tell
   fits: bool | None
   bytes_moved: int  # from and to memory in one run, from the optimized HLO
+  unknown_loops: int  # whose trips depend on data: counted as one in it
   bytes_accessed: int | None  # by XLA's cost model: of caches too; GPUs: None
   largest: tuple[_buffers.Buffer, ...]  # ten at the peak; empty if not told
+
+  @property
+  def share(self) -> float | None:
+    """Of the capacity; of a GPU what JAX's allocator must at least be given."""
+    return (
+      self.peak_bytes / self.capacity_bytes if self.capacity_bytes else None
+    )
 
   def to_dict(self) -> dict[str, Any]:
     """Numbers, strings and lists, for JSON."""
@@ -50,10 +59,12 @@ class Report:
     cells: list[tuple[Any, ...]] = [
       (name.replace('_', ' '), getattr(self, f'{name}_bytes')) for name in sizes
     ]
-    cells.append(('moved in one run', self.bytes_moved))
+    loops = f', {self.unknown_loops} loops once' if self.unknown_loops else ''
+    cells.append((f'moved in one run{loops}', self.bytes_moved))
     title = f'bytes on {self.num_devices} x {self.device}, each'
     fits = {True: 'fits', False: 'does not fit', None: 'capacity unknown'}
-    parts = [_table.table((title, ''), cells), fits[self.fits]]
+    share = f', {self.share:.0%} of the capacity' if self.capacity_bytes else ''
+    parts = [_table.table((title, ''), cells), fits[self.fits] + share]
     if self.largest:
       header = ('largest at the peak', 'shape', 'name', 'bytes')
       parts.append(
@@ -112,6 +123,7 @@ def report(compiled: jax.stages.Compiled | _xla.Compiled) -> Report:
   device, num_devices, capacity = _device(compiled)
   cost = compiled.cost_analysis() or {}
   accessed = cost.get('bytes accessed')
+  traffic = _traffic.Traffic(_hlo.Program(compiled.as_text() or ''))
   return Report(
     device=device,
     num_devices=num_devices,
@@ -119,27 +131,32 @@ def report(compiled: jax.stages.Compiled | _xla.Compiled) -> Report:
     peak_bytes=peak,
     capacity_bytes=capacity,
     fits=None if capacity is None else _fits(compiled, peak, capacity),
-    bytes_moved=_hlo.Program(compiled.as_text() or '').bytes_moved(),
+    bytes_moved=traffic.bytes,
+    unknown_loops=traffic.unknown_loops,
     bytes_accessed=None if accessed is None else int(accessed),
     largest=getattr(compiled, 'buffers', ())[:_LARGEST],
   )
 
 
 def _fits(compiled: Any, peak: int, capacity: int) -> bool:
-  # The TPU's compiler has the last word.
-  return peak <= capacity and not getattr(compiled, 'refusal', '')
+  if isinstance(compiled, _xla.Compiled) and compiled.target.platform == 'tpu':
+    return not compiled.refusal  # its compiler knows better than a sum
+  return peak <= capacity
 
 
 def _device(compiled: Any) -> tuple[str, int, int | None]:
   """Kind, number and capacity of the devices of a program."""
   if isinstance(compiled, _xla.Compiled):
     target = compiled.target
-    return target.device, compiled.num_devices, target.capacity_bytes
+    return compiled.device, compiled.num_devices, target.capacity_bytes
   shardings = jax.tree.leaves(compiled.input_shardings)
   shardings += jax.tree.leaves(compiled.output_shardings)
   devices = list(shardings[0].device_set) if shardings else jax.devices()[:1]
   kind = devices[0].device_kind
-  limit = (devices[0].memory_stats() or {}).get('bytes_limit')
+  try:
+    limit = (devices[0].memory_stats() or {}).get('bytes_limit')
+  except jax.errors.JaxRuntimeError:  # the device is not here
+    limit = None
   for target in _targets.TARGETS.values():
     if limit is None and kind == target.device:
       limit = target.capacity_bytes

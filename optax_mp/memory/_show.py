@@ -2,6 +2,7 @@
 """What each recipe needs, as a table and as a figure."""
 
 import dataclasses
+import pathlib
 from typing import Any
 
 from optax_mp.memory import _report
@@ -23,7 +24,7 @@ def table(rows: list[Row], size: gpt.Size) -> str:
   """The recipes, side by side; GB are 10^9 bytes of each device."""
   header = (
     'recipe', 'bytes/param', 'arguments GB', 'temporaries GB', 'peak GB',
-    'fits',
+    'of memory', 'fits',
   )  # fmt: skip
   cells: list[tuple[Any, ...]] = []
   for row in rows:
@@ -31,7 +32,7 @@ def table(rows: list[Row], size: gpt.Size) -> str:
     sizes = (r.argument_bytes, r.temporary_bytes, r.peak_bytes)
     cell = (
       row.name, row.bytes_per_param, *(n / 1e9 for n in sizes),
-      'yes' if r.fits else 'no',
+      f'{r.share:.0%}', 'yes' if r.fits else 'no',
     )  # fmt: skip
     if row.layers is not None:
       deepest = dataclasses.replace(size, layers=max(row.layers, 1))
@@ -43,6 +44,30 @@ def table(rows: list[Row], size: gpt.Size) -> str:
   return _table.table(header, cells)
 
 
+def check(path: str) -> None:
+  """Raises before anything is compiled for a figure that cannot be drawn.
+
+  Args:
+    path: of the figure.
+
+  Raises:
+    ValueError: for a folder or a kind of file that is not there.
+  """
+  try:
+    from matplotlib import backend_bases
+  except ImportError as error:
+    raise ValueError(
+      "`--plot` needs matplotlib. Run: pip install 'optax_mp[examples]'"
+    ) from error
+  file = pathlib.Path(path)
+  kinds = backend_bases.FigureCanvasBase.get_supported_filetypes()
+  if file.suffix.removeprefix('.') not in kinds or not file.parent.is_dir():
+    raise ValueError(
+      f'`--plot` must be a file in a folder that is there, ending in one of '
+      f'{", ".join(sorted(kinds))}; got {path!r}.'
+    )
+
+
 def plot(rows: list[Row], title: str, path: str) -> None:
   """Draws what each recipe needs against what the device has.
 
@@ -51,12 +76,8 @@ def plot(rows: list[Row], title: str, path: str) -> None:
     title: of the figure.
     path: of the file; its ending says what kind.
   """
-  try:
-    from matplotlib import figure
-  except ImportError as error:
-    raise ValueError(
-      "`--plot` needs matplotlib. Run: pip install 'optax_mp[examples]'"
-    ) from error
+  from matplotlib import figure
+
   drawn = figure.Figure(
     figsize=(9, 1.5 + 0.4 * len(rows)), layout='constrained'
   )

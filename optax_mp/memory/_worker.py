@@ -8,6 +8,7 @@ it, to a process of ours that stays for the next one.
 """
 
 import atexit
+import contextlib
 import os
 import pathlib
 import pickle
@@ -17,6 +18,7 @@ import tempfile
 import threading
 from typing import Any
 
+import jax
 from jax import export
 from jax.experimental import topologies
 
@@ -27,62 +29,75 @@ from optax_mp.memory import _xla
 # topology decides what is compiled for, not the type given here.
 _ENVIRONMENT = {
   'JAX_PLATFORMS': 'cpu',
+  'JAX_ENABLE_COMPILATION_CACHE': 'false',  # what is cached is not dumped
   'TPU_SKIP_MDS_QUERY': '1',
   'TPU_ACCELERATOR_TYPE': 'v5litepod-4',
   'TPU_WORKER_HOSTNAMES': 'localhost',
   'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
 }
-_PROGRAM = 'from optax_mp.memory import _worker; _worker.main()'
+# What this process can import, the other can, behind what Python itself has.
+_PROGRAM = """
+import sys
+sys.path += [path for path in sys.argv[1:] if path not in sys.path]
+from optax_mp.memory import _worker
+_worker.main()
+"""
 
 
 class Worker:
   """A process that answers one request after the other."""
 
   def __init__(self):
-    self.folder = tempfile.TemporaryDirectory(prefix='optax_mp_')
-    root = pathlib.Path(self.folder.name)
-    (root / 'dump').mkdir()
-    self.log = root / 'log'
-    flags = f'--xla_dump_to={root / "dump"} --xla_dump_hlo_as_text'
-    package = pathlib.Path(__file__).parents[2]
-    path = os.pathsep.join([str(package), *filter(None, sys.path)])
-    with self.log.open('wb') as log:
-      self.process = subprocess.Popen(
-        [sys.executable, '-c', _PROGRAM, str(root / 'dump')],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=log,
-        env={
-          **os.environ,
-          **_ENVIRONMENT,
-          'XLA_FLAGS': flags,
-          'PYTHONPATH': path,
-        },
-      )
+    package = str(pathlib.Path(__file__).parents[2])
+    self.log = tempfile.TemporaryFile()
+    self.process = subprocess.Popen(
+      [sys.executable, '-c', _PROGRAM, package, *filter(None, sys.path)],
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      stderr=self.log,
+      env={**os.environ, **_ENVIRONMENT},
+      start_new_session=True,  # Ctrl-C is for the caller
+    )
 
-  def ask(self, *request: Any) -> Any:
-    """Sends a request, as `_answer` takes it, and waits for the answer."""
+  def ask(self, *request: Any) -> tuple[bool, Any]:
+    """Sends a request and waits for the answer.
+
+    Args:
+      *request: as `_answer` takes it.
+
+    Returns:
+      Whether it failed, and the answer, or else why.
+
+    Raises:
+      RuntimeError: if the process died.
+    """
     process = self.process
     assert process.stdin is not None and process.stdout is not None
     try:
       pickle.dump(request, process.stdin)
       process.stdin.flush()
-      failed, answer = pickle.load(process.stdout)
+      return pickle.load(process.stdout)
     except (EOFError, BrokenPipeError, pickle.UnpicklingError):
       process.kill()
-      said = self.log.read_text(errors='replace')[-2000:]
+      code = process.wait()
+      self.log.seek(0)
+      said = self.log.read().decode(errors='replace')[-2000:]
       raise RuntimeError(
-        f'The compiler died with exit code {process.wait()}: {said}'
+        f'The compiler died with exit code {code}: {said}'
       ) from None
-    if failed:
-      raise RuntimeError(f'The compiler failed: {answer}')
-    return answer
 
   def close(self) -> None:
-    """Ends the process."""
-    self.process.kill()
-    self.process.communicate()
-    self.folder.cleanup()
+    """Ends the process, which then removes what it wrote."""
+    assert self.process.stdin is not None and self.process.stdout is not None
+    with contextlib.suppress(BrokenPipeError):
+      self.process.stdin.close()
+    try:
+      self.process.wait(timeout=2)
+    except subprocess.TimeoutExpired:  # it is compiling
+      self.process.kill()
+      self.process.wait()
+    self.process.stdout.close()
+    self.log.close()
 
 
 _idle: dict[str, list[Worker]] = {}
@@ -104,10 +119,17 @@ def ask(platform: str, *request: Any) -> Any:
   """
   worker = _take(platform)
   try:
-    return worker.ask(*request)
-  finally:
-    with _lock:
-      _idle.setdefault(platform, []).append(worker)
+    failed, answer = worker.ask(*request)
+  except BaseException:
+    # Interrupted: an answer may come that nobody waits for.
+    worker.process.kill()
+    worker.close()
+    raise
+  with _lock:
+    _idle.setdefault(platform, []).append(worker)
+  if failed:
+    raise RuntimeError(f'The compiler failed: {answer}')
+  return answer
 
 
 def _take(platform: str) -> Worker:
@@ -125,6 +147,10 @@ def _take(platform: str) -> Worker:
 def _close() -> None:
   for worker in sum(_idle.values(), []):
     worker.close()
+
+
+# A fork has copies of the pipes, not processes of its own.
+os.register_at_fork(after_in_child=_idle.clear)
 
 
 def _answer(dump: pathlib.Path, question: str, *args: Any) -> Any:
@@ -148,15 +174,19 @@ def main() -> None:
   requests = sys.stdin.buffer
   answers = os.fdopen(os.dup(1), 'wb')
   os.dup2(2, 1)  # what a plugin prints is no answer
-  dump = pathlib.Path(sys.argv[1])
-  while True:
-    try:
-      request = pickle.load(requests)
-    except EOFError:
-      return
-    try:
-      answer = False, _answer(dump, *request)
-    except Exception as error:
-      answer = True, f'{type(error).__name__}: {error}'
-    pickle.dump(answer, answers)
-    answers.flush()
+  # Arguments come with their dtypes.
+  jax.config.update('jax_enable_x64', True)
+  with tempfile.TemporaryDirectory(prefix='optax_mp_') as folder:
+    # The compilers read it when the first of them is loaded.
+    os.environ['XLA_FLAGS'] = f'--xla_dump_to={folder} --xla_dump_hlo_as_text'
+    while True:
+      try:
+        request = pickle.load(requests)
+      except EOFError:
+        return
+      try:
+        answer = False, _answer(pathlib.Path(folder), *request)
+      except Exception as error:
+        answer = True, f'{type(error).__name__}: {error}'
+      pickle.dump(answer, answers)
+      answers.flush()

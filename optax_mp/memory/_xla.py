@@ -43,6 +43,7 @@ class Compiled:
   """
 
   target: _targets.Target
+  device: str  # JAX's `device_kind`
   num_devices: int
   buffers: tuple[_buffers.Buffer, ...]  # at the peak; empty if unknown
   refusal: str
@@ -96,16 +97,18 @@ def compile_exported(
       options |= {'xla_dump_to': folder, 'xla_dump_hlo_as_text': True}
     for file in filter(pathlib.Path.is_file, dump.iterdir()):
       file.unlink()
-    lowered = _lower(exported, job)
+    devices = _devices(job)
+    lowered = _lower(exported, job, devices)
     try:
       compiled = lowered.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
-      return _refused(error, job, dump)
+      return _refused(error, job, devices[0].device_kind, dump)
     found = _buffers.Dump.read(dump)
     text = _text(compiled, dump)
   cost = compiled.cost_analysis()
   return Compiled(
     target=job.target,
+    device=devices[0].device_kind,
     num_devices=job.num_devices,
     buffers=found.buffers if found else (),
     refusal='',
@@ -115,9 +118,11 @@ def compile_exported(
   )
 
 
-def _lower(exported: jax.export.Exported, job: Job) -> jax.stages.Lowered:
+def _lower(
+  exported: jax.export.Exported, job: Job, found: list[Any]
+) -> jax.stages.Lowered:
   """Puts the program on the devices."""
-  devices = np.array(_devices(job)[: job.num_devices])
+  devices = np.array(found[: job.num_devices])
   one = (('all', 1, jax.sharding.AxisType.Auto),)
   names, sizes, types = zip(*(job.axes or one), strict=True)
   mesh = jax.sharding.Mesh(devices.reshape(sizes), names, axis_types=types)
@@ -205,13 +210,16 @@ def _devices(job: Job) -> list[Any]:
     ) from error
 
 
-def _refused(error: Exception, job: Job, dump: pathlib.Path) -> Compiled:
+def _refused(
+  error: Exception, job: Job, device: str, dump: pathlib.Path
+) -> Compiled:
   """What the compiler left of a program that is too large for the device."""
   found = _buffers.Dump.read(dump)
   if 'RESOURCE_EXHAUSTED' not in str(error) or found is None:
     raise error
   return Compiled(
     target=job.target,
+    device=device,
     num_devices=job.num_devices,
     buffers=found.buffers,
     refusal=str(error).splitlines()[0],

@@ -49,6 +49,7 @@ def test_prints_every_recipe(capsys, tmp_path):
   assert rows['optax.adamw, float32'][0] == '16.00'
   assert rows['optax.adamw, bfloat16'][0] == '8.00'
   assert {row[-1] for row in rows.values()} == {'yes'}
+  assert 'XLA_PYTHON_CLIENT_MEM_FRACTION' in text
   # Then the whole report of the recipe that was asked for.
   assert 'residual' in text.split('\n\n')[-1]
   assert figure.read_bytes().startswith(b'\x89PNG')
@@ -83,12 +84,17 @@ def test_recipes_are_what_the_package_exports(monkeypatch):
     (['--layers', '2'], 'must be given; got `--layers` 2 and `--width` None'),
     (
       ['--params', '7e9', '--layers', '2', '--width', '128'],
-      '`--params` must agree .* got 7e[+]09, and 2 layers of 128 have',
+      '`--params` must agree .* got 7e[+]09, and 2 layers of width 128 with',
     ),
     ([*TINY[:3], '100'], '`width` must be a multiple of 64'),
     ([*TINY, '--batch', '0'], '`batch` must be positive; got 0'),
     ([*TINY, '--optimizer', 'adamw'], "`--optimizer` must be one of .*; got"),
     ([*TINY, '--devices', '9'], '`mesh` must lie in one node'),
+    ([*TINY, '--devices', '0'], '`--devices` must be positive; got 0'),
+    (['--params', 'nan'], '`--params` must be positive; got nan'),
+    (['--params', '1e6'], 'got 1e[+]06, and 1 layers of width 64 with a vocab'),
+    ([*TINY, '--plot', '/nowhere/x.png'], "`--plot` must be .*; got '/now"),
+    ([*TINY, '--plot', 'x.foo'], "`--plot` must be .*pdf.*; got 'x.foo'"),
   ],
 )  # fmt: skip
 def test_errors_are_one_line(argv, message):
@@ -223,5 +229,7 @@ def test_several_devices_share_everything(target):
   one, four = (_survey.compile_step(recipe, size, target, n) for n in (1, 4))
   assert one.argument_bytes / four.argument_bytes > 3.5
   assert four.alias_bytes > 0.99 * (four.argument_bytes - 4 * 65)
+  # Gradients and activations, too: the batch is as large on each.
+  assert four.temporary_bytes < 1.1 * one.temporary_bytes
   assert four.num_devices == 4
   json.dumps(four.to_dict())

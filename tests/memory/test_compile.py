@@ -4,10 +4,14 @@
 import functools
 import importlib.metadata
 import json
+import pathlib
 import re
 import subprocess
 import sys
+import tempfile
+import time
 
+from flax import nnx
 import jax
 from jax.experimental import pallas as pl
 import jax.numpy as jnp
@@ -276,6 +280,7 @@ def test_specs_mean_the_mesh():
     ('tpu-v5e', 12, r'slice of tpu-v5e; got 12. Slices have \[1, 2, 4'),
     ('h100', 16, 'one node of h100, of 8 devices; got 16'),
     ('cpu', 9, 'jax_num_cpu_devices'),
+    ('h100', 0, 'have a device at least'),
   ],
 )
 def test_meshes_that_do_not_exist(target, size, match):
@@ -392,6 +397,95 @@ def test_small_dtypes_count_their_bits(target, dtype):
   bits = 4 if '4' in jnp.dtype(dtype).name[:6].replace('float', '') else 8
   assert report.argument_bytes == x.size * bits // 8
   assert report.bytes_moved == x.size * bits // 8 + 4 * x.size
+
+
+def test_an_interrupted_question_has_no_answer(monkeypatch):
+  """What comes late belongs to nobody: its process is gone."""
+  compile_for('h100', jnp.sin, SHAPE)
+  with monkeypatch.context() as patch:
+
+    def interrupted(*_):
+      raise KeyboardInterrupt
+
+    patch.setattr(_worker.pickle, 'load', interrupted)
+    with pytest.raises(KeyboardInterrupt):
+      compile_for('h100', jnp.tanh, (x := SHAPE))
+  report = memory.report(compile_for('h100', lambda x, y: x + y, x, x))
+  assert report.argument_bytes == 2 * 2 * SHAPE.size
+
+
+def test_processes_and_folders_go_with_their_caller():
+  """Also where nobody could clean up."""
+  code = """
+import os, signal
+import jax.numpy as jnp
+from optax_mp import memory
+from optax_mp.memory import _worker
+memory.compile_for('h100', jnp.sin, jnp.ones((8, 128)))
+(worker,) = _worker._idle['cuda']
+print(worker.process.pid, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+  if 'h100' not in memory.targets():
+    pytest.skip('no compiler for h100')
+  before = set(pathlib.Path(tempfile.gettempdir()).glob('optax_mp_*'))
+  done = subprocess.run([sys.executable, '-c', code], stdout=subprocess.PIPE)
+  pid = int(done.stdout)
+  for _ in range(100):
+    if not pathlib.Path(f'/proc/{pid}').exists():
+      break
+    time.sleep(0.1)
+  else:
+    raise AssertionError('the compiler outlives its caller')
+  left = set(pathlib.Path(tempfile.gettempdir()).glob('optax_mp_*')) - before
+  assert not [f for f in left if f.stat().st_ctime < time.time() - 60]
+
+
+def test_a_fork_leaves_the_compiler_alone():
+  compile_for('h100', jnp.sin, SHAPE)
+  code = """
+import os, sys
+import jax.numpy as jnp
+from optax_mp import memory
+x = jnp.ones((8, 128))
+memory.compile_for('h100', jnp.sin, x)
+if pid := os.fork():
+  assert os.waitpid(pid, 0)[1] == 0
+  memory.compile_for('h100', jnp.cos, x)
+else:
+  sys.exit()
+"""
+  subprocess.run(
+    [sys.executable, '-W', 'ignore', '-c', code], check=True, timeout=120
+  )
+
+
+@pytest.mark.parametrize('target', TARGETS + ['cpu'])
+def test_64_bits(target):
+  with jax.enable_x64(True):
+    x = jax.ShapeDtypeStruct((512, 512), jnp.float64)
+    n = jax.ShapeDtypeStruct((), jnp.int64)
+    report = memory.report(compile_for(target, lambda x, n: x * n, x, n))
+  assert report.output_bytes >= 8 * x.size
+
+
+@pytest.mark.parametrize('target', TARGETS + ['cpu'])
+def test_what_cannot_travel_says_why(target):
+  def prints(x):
+    jax.debug.print('{}', x[0, 0])
+    return x * 2
+
+  with pytest.raises(ValueError, match='`fn` must not call the host'):
+    compile_for(target, prints, SHAPE)
+  model = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+  with pytest.raises(ValueError, match='`fn` must be a function or `jax.jit`'):
+    compile_for(target, nnx.jit(lambda m, x: m(x)), model, jnp.ones((2, 4)))
+  kind = jax.sharding.SingleDeviceSharding(
+    jax.devices()[0], memory_kind='pinned_host'
+  )
+  x = jax.ShapeDtypeStruct((8, 8), jnp.float32, sharding=kind)
+  with pytest.raises(ValueError, match='`args` must be in device memory; got'):
+    compile_for(target, jnp.sin, x)
 
 
 def test_pallas_kernels_travel():
