@@ -57,8 +57,11 @@ def _bits(recipe: Callable[..., Any], bits: int) -> Callable[..., Any]:
   return functools.partial(recipe, residual_bits=bits)
 
 
+# What times, speeds and bytes are a ratio to, or stand beside.
+REFERENCE = 'optax.adamw, float32'
+
 CONTENDERS = {
-  'optax.adamw, float32': Contender(optax.adamw, 'adamw', jnp.float32),
+  REFERENCE: Contender(optax.adamw, 'adamw', jnp.float32),
   'optax.adamw, bfloat16': Contender(optax.adamw, 'adamw', jnp.bfloat16),
   'adamw_bf16': Contender(optax_mp.adamw_bf16, 'adamw', jnp.bfloat16),
   'adamw_bf16, 8': Contender(

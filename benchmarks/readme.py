@@ -11,10 +11,10 @@ import re
 from typing import Any
 
 from contenders import CONTENDERS
+from contenders import REFERENCE
 from optax_mp import formats
 import results
 
-REFERENCE = 'optax.adamw, float32'
 ROOT = pathlib.Path(__file__).parents[1]
 
 FORMATS = [

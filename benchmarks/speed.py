@@ -34,6 +34,7 @@ import numpy as np
 from rich import progress
 
 from contenders import CONTENDERS
+from contenders import REFERENCE
 import optax_mp
 import quality
 import results
@@ -42,7 +43,6 @@ sys.path.append(str(pathlib.Path(__file__).parents[1] / 'examples'))
 
 import train_gpt
 
-REFERENCE = 'optax.adamw, float32'
 # GPT-2's smallest, with five more layers in place of its 50,257 tokens.
 LARGE = train_gpt.Config(
   layers=17,

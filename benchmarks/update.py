@@ -29,11 +29,11 @@ from rich import table
 
 from contenders import CONTENDERS
 from contenders import FAMILIES
+from contenders import REFERENCE
 from optax_mp import memory
 import peers
 import results
 
-REFERENCE = 'optax.adamw, float32'
 SHAPES: dict[str, peers.Shapes] = {
   'one leaf': [(4096, 4096)],
   '200 leaves': [(256, 256), (1024,)] * 100,

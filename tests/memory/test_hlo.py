@@ -88,7 +88,9 @@ def test_of_a_stack_only_the_slice_is_moved(target):
   moved = _moved(target, step, MATRIX, stack)
   # Read x and a layer, write x and a layer; twice that, and a first result of
   # zeros, where x is copied. The whole stack in each trip would be 32 layers.
-  assert 16 * 4 * BYTES <= moved <= 16 * (8 + 1) * BYTES + 2 * BYTES + 1024
+  # A TPU keeps x in vector memory.
+  least = 2 if target == 'tpu-v5e' else 4
+  assert 16 * least * BYTES <= moved <= 16 * (8 + 1) * BYTES + 2 * BYTES + 1024
 
 
 def test_what_a_tpu_keeps_in_vector_memory_does_not_count():
@@ -104,13 +106,13 @@ HloModule m
 }
 
 ENTRY %main (x: f32[8,8]) -> f32[8,8] {
-  %x = f32[8,8]{1,0:T(8,128)} parameter(0)
-  %c = (f32[8,8]{1,0:T(8,128)S(1)}, f32[8,8]{1,0:T(8,128)}, u32[]{:S(2)}) \
+  %x = f32[8,8]{1,0} parameter(0)
+  %c = (f32[8,8]{1,0:S(1)}, f32[8,8]{1,0}, u32[]{:S(2)}) \
 copy-start(%x)
-  %d = f32[8,8]{1,0:T(8,128)S(1)} copy-done(%c)
-  %f = (f32[8,8]{1,0:T(8,128)S(1)}, f32[8,8]{1,0:T(8,128)}) \
+  %d = f32[8,8]{1,0:S(1)} copy-done(%c)
+  %f = (f32[8,8]{1,0:S(1)}, f32[8,8]{1,0}) \
 fusion(%d, %d), kind=kLoop, calls=%fused
-  ROOT %r = f32[8,8]{1,0:T(8,128)} get-tuple-element(%f), index=1
+  ROOT %r = f32[8,8]{1,0} get-tuple-element(%f), index=1
 }
 """
   matrix = 4 * 64
@@ -122,7 +124,7 @@ fusion(%d, %d), kind=kLoop, calls=%fused
   [
     # A quarter of a matrix is read into vector memory ...
     (
-      '((f32[8,8]{1,0}), f32[2,8]{1,0:T(8,128)S(1)}, s32[]{:S(2)}) '
+      '((f32[8,8]{1,0}), f32[2,8]{1,0:S(1)}, s32[]{:S(2)}) '
       'slice-start(%x), slice={[0:2], [0:8]}',
       64,
     ),
@@ -145,7 +147,7 @@ fusion(%d, %d), kind=kLoop, calls=%fused
 def test_copies_beside_the_computation(start, moved):
   text = f"""
 ENTRY %main (x: f32[8,8]) -> f32[8,8] {{
-  %x = f32[8,8]{{1,0:T(8,128)}} parameter(0)
+  %x = f32[8,8]{{1,0}} parameter(0)
   %s = {start}
   ROOT %d = f32[8,8]{{1,0}} any-done(%s)
 }}
@@ -184,7 +186,9 @@ branch_computations={%small, %large}, metadata={op_name="jit(f)/cond"}
   'shape, size',
   [
     ('bf16[3,5]{1,0}', 30),
-    ('s4[3,5]{1,0:T(64,128)(8,1)}', 8),
+    ('s4[3,5]{1,0}', 8),
+    ('s4[3,5]{1,0:T(64,128)(8,1)}', 64 * 128 // 2),
+    ('f32[3,300]{0,1:T(8,128)}', 4 * 304 * 128),
     ('f8e4m3fn[7]{0}', 7),
     ('pred[]', 1),
     ('(u8[4]{0}, f32[2]{0:T(128)S(1)}, /*index=2*/u32[])', 8),
