@@ -39,12 +39,14 @@ def test_every_contender_is_there():
         assert row['alias_bytes'] > 0.95 * row['argument_bytes'] - 1e6
 
 
-def test_of_what_fits_ours_peaks_lower():
-  """Claim: whole steps, against AdamW in float32."""
-  for model, least in (('124M', 0.8), ('1B', 0.8), ('7B', 0.8), ('demo', 0.95)):
-    for rows in results.load('peak')['steps'][model].values():
-      full, ours = (
-        rows[name]['peak_bytes'] - rows[name]['generated_code_bytes']
-        for name in ('optax.adamw, float32', 'adamw_bf16')
-      )
-      assert ours < least * full
+@pytest.mark.parametrize(
+  'model, share', [('124M', 0.86), ('1B', 0.78), ('7B', 0.78), ('demo', 0.92)]
+)
+def test_ours_peaks_lower(model, share):
+  """Claim: whole steps, against AdamW in float32, on every target."""
+  for rows in results.load('peak')['steps'][model].values():
+    full, ours = (
+      rows[name]['peak_bytes'] - rows[name]['generated_code_bytes']
+      for name in ('optax.adamw, float32', 'adamw_bf16')
+    )
+    assert ours < share * full
