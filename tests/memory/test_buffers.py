@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from compilers import CPU_TELLS_BUFFERS
 from compilers import compile_for
 import optax_mp
 from optax_mp import memory
@@ -88,6 +89,8 @@ def test_other_texts_tell_nothing(tmp_path):
 )
 def test_buffers_add_up_to_the_peak(target, share):
   """Claim: all of a whole step, but for the gaps between them, 15 %."""
+  if target == 'cpu' and not CPU_TELLS_BUFFERS:
+    pytest.skip('this jaxlib writes no live ranges')
   size = gpt.Size(4, 256, vocabulary=2048, context=128)
   tx = optax_mp.adamw_bf16(1e-3)
   params = gpt.shapes(size, jnp.bfloat16)

@@ -19,6 +19,7 @@ import numpy as np
 import optax
 import pytest
 
+from compilers import CPU_TELLS_BUFFERS
 from compilers import compile_for
 import optax_mp
 from optax_mp import memory
@@ -61,8 +62,9 @@ def test_every_target(target, adamw):
   assert report.alias_bytes >= sum(sizes) - sizes[-1]
   assert report.fits and report.capacity_bytes > 15e9
   assert report.device == _targets.TARGETS[target].device
-  names = [buffer.name for buffer in report.largest]
-  assert {"params['w']", "grads['w']", "state.residual['w']"} < set(names)
+  if target != 'cpu' or CPU_TELLS_BUFFERS:
+    names = {buffer.name for buffer in report.largest}
+    assert {"params['w']", "grads['w']", "state.residual['w']"} < names
   assert target in memory.targets()
 
 
@@ -97,7 +99,8 @@ def test_static_unused_and_python_arguments(target):
   # JAX drops the two arguments that are not used.
   assert 0 <= report.argument_bytes - (4 * 512**2 + 4) <= 1024
   assert report.alias_bytes == 4 * 512**2
-  assert [b.name for b in report.largest[:2]] == ['x', 'scale']
+  if target != 'cpu' or CPU_TELLS_BUFFERS:
+    assert [b.name for b in report.largest[:2]] == ['x', 'scale']
 
 
 def test_donation_is_said_once():
