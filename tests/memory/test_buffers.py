@@ -26,6 +26,7 @@ allocation 3: size 9000, page 0, preallocated-temp:
  value: <5 late @0> (size=5000,offset=0): f32[1250]{0}
  value: <6 late.alias @0> (size=5000,offset=0): s32[1250]{0}
  value: <7 both{1} @0> (size=4000,offset=5000): f32[1000]{0}
+ value: <12 last @0> (size=100,offset=0): f32[25]{0}
  value: <8 table{} @0> (size=16,offset=8992): (f32[750]{0}, f32[1000]{0})
 allocation 4: size 1000000, color 1, page 0, preallocated-temp:
  value: <10 fast @1> (size=1000000,offset=0): f32[250000]{0:S(1)}
@@ -44,6 +45,7 @@ RANGES = """HloLiveRange (max 9):
     both{1}:3-6
     table{}:1-8
     fast{}:1-8
+    last{}:9-9
 """
 
 
