@@ -12,6 +12,7 @@ import contextlib
 import os
 import pathlib
 import pickle
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -35,6 +36,8 @@ _ENVIRONMENT = {
   'TPU_WORKER_HOSTNAMES': 'localhost',
   'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
 }
+_FOLDER = 'optax_mp_{}_'  # of the process with that number
+
 # What this process can import, the other can, behind what Python itself has.
 _PROGRAM = """
 import sys
@@ -98,6 +101,9 @@ class Worker:
       self.process.wait()
     self.process.stdout.close()
     self.log.close()
+    temporary = pathlib.Path(tempfile.gettempdir())
+    for folder in temporary.glob(_FOLDER.format(self.process.pid) + '*'):
+      shutil.rmtree(folder, ignore_errors=True)  # it was killed
 
 
 _idle: dict[str, list[Worker]] = {}
@@ -176,7 +182,8 @@ def main() -> None:
   os.dup2(2, 1)  # what a plugin prints is no answer
   # Arguments come with their dtypes.
   jax.config.update('jax_enable_x64', True)
-  with tempfile.TemporaryDirectory(prefix='optax_mp_') as folder:
+  prefix = _FOLDER.format(os.getpid())
+  with tempfile.TemporaryDirectory(prefix=prefix) as folder:
     # The compilers read it when the first of them is loaded.
     os.environ['XLA_FLAGS'] = f'--xla_dump_to={folder} --xla_dump_hlo_as_text'
     while True:

@@ -405,6 +405,8 @@ def test_small_dtypes_count_their_bits(target, dtype):
 def test_an_interrupted_question_has_no_answer(monkeypatch):
   """What comes late belongs to nobody: its process is gone."""
   compile_for('h100', jnp.sin, SHAPE)
+  killed = _worker._idle['cuda'][-1].process.pid
+  assert _folders(killed)
   with monkeypatch.context() as patch:
 
     def interrupted(*_):
@@ -415,6 +417,11 @@ def test_an_interrupted_question_has_no_answer(monkeypatch):
       compile_for('h100', jnp.tanh, (x := SHAPE))
   report = memory.report(compile_for('h100', lambda x, y: x + y, x, x))
   assert report.argument_bytes == 2 * 2 * SHAPE.size
+  assert not _folders(killed)
+
+
+def _folders(pid):
+  return list(pathlib.Path(tempfile.gettempdir()).glob(f'optax_mp_{pid}_*'))
 
 
 def test_processes_and_folders_go_with_their_caller():
@@ -431,7 +438,6 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
   if 'h100' not in memory.targets():
     pytest.skip('no compiler for h100')
-  before = set(pathlib.Path(tempfile.gettempdir()).glob('optax_mp_*'))
   done = subprocess.run([sys.executable, '-c', code], stdout=subprocess.PIPE)
   pid = int(done.stdout)
   for _ in range(100):
@@ -440,8 +446,7 @@ os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(0.1)
   else:
     raise AssertionError('the compiler outlives its caller')
-  left = set(pathlib.Path(tempfile.gettempdir()).glob('optax_mp_*')) - before
-  assert not [f for f in left if f.stat().st_ctime < time.time() - 60]
+  assert not _folders(pid)
 
 
 def test_a_fork_leaves_the_compiler_alone():
