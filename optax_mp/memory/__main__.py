@@ -8,6 +8,7 @@ be here, with the compiler of that device, and prints what each needs.
 import argparse
 from concurrent import futures
 import dataclasses
+import functools
 import inspect
 import os
 import sys
@@ -77,13 +78,19 @@ def size_of(arguments: argparse.Namespace) -> gpt.Size:
   for name, value in (('params', params), ('devices', arguments.devices)):
     if value is not None and not 1 <= value < 1e15:
       raise ValueError(f'`--{name}` must be positive; got {value}.')
+  make = functools.partial(
+    gpt.Size,
+    vocabulary=arguments.vocabulary,
+    context=arguments.context,
+    batch=arguments.batch,
+  )
   if params is None:
     if layers is None or width is None:
       raise ValueError(
         '`--params`, or `--layers` and `--width`, must be given; got '
         f'`--layers` {layers} and `--width` {width}.'
       )
-    params = gpt.Size(layers, width, arguments.vocabulary).num_params
+    return make(layers, width)
   embeddings = arguments.vocabulary + arguments.context
 
   def total(width: int, layers: int) -> int:
@@ -96,9 +103,7 @@ def size_of(arguments: argparse.Namespace) -> gpt.Size:
     )
   if layers is None:
     layers = max(1, round((params - embeddings * width) / (12 * width**2)))
-  size = gpt.Size(
-    layers, width, arguments.vocabulary, arguments.context, arguments.batch
-  )
+  size = make(layers, width)
   if not 0.75 < size.num_params / params < 1.33:
     raise ValueError(
       f'`--params` must agree with the other flags; got {params:.3g}, and '
@@ -113,14 +118,12 @@ def measure(
 ) -> _show.Row:
   """Compiles one recipe, and where asked for searches what fits."""
 
+  @functools.cache
   def report(layers: int) -> _report.Report:
-    if layers == size.layers and here:
-      return here
     model = dataclasses.replace(size, layers=layers)
     target, devices = arguments.target, arguments.devices
     return _survey.compile_step(recipe, model, target, devices)
 
-  here = None
   here = report(size.layers)
   most = _fit.most_layers(report, size.layers) if arguments.fit else None
   plan = _plan.plan(recipe.tx, gpt.shapes(size, recipe.dtype))

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import optax
 
+from optax_mp import formats
 from optax_mp.formats import _paths
 from optax_mp.memory import _compile
 from optax_mp.memory import _report
@@ -86,27 +87,18 @@ def _specs(params: Any, state: Any, num_devices: int) -> tuple[Any, Any]:
       specs, is_leaf=lambda x: isinstance(x, P)
     )
   }
-  leaves, treedef = jax.tree_util.tree_flatten_with_path(state)
-  parts = _state_parts([path for path, _ in leaves], _paths.param_paths(params))
+  leaves, treedef = jax.tree_util.tree_flatten_with_path(
+    state, is_leaf=formats.is_stored
+  )
+  parts = _paths.split_paths([path for path, _ in leaves], by_path)
 
-  def of_state(path, leaf):
-    spec = by_path.get(parts[path], P())
+  def of_array(array, spec):
     rows = len(spec) - 2
-    fits = leaf.ndim > rows >= 0 and leaf.shape[rows] % num_devices == 0
-    return P(*tuple(spec)[: leaf.ndim]) if fits else P()
+    fits = array.ndim > rows >= 0 and array.shape[rows] % num_devices == 0
+    return P(*tuple(spec)[: array.ndim]) if fits else P()
+
+  def of_state(path, leaf):  # an array, or the codes and scales of a format
+    spec = by_path.get(parts[path][1], P())
+    return jax.tree.map(lambda array: of_array(array, spec), leaf)
 
   return specs, treedef.unflatten([of_state(p, x) for p, x in leaves])
-
-
-def _state_parts(paths, params) -> dict[Any, Any]:
-  """The parameter that each array of a state belongs to, () if to none.
-
-  An array of a stored leaf lies deeper than its parameter: below `mu['w']` are
-  its codes and its scales.
-  """
-  found = {}
-  for path in paths:
-    ends = (path[: len(path) - n] for n in range(len(path)))
-    cut = (_paths.split_paths([end], params)[end][1] for end in ends)
-    found[path] = next((param for param in cut if param), ())
-  return found

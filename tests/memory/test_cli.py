@@ -115,6 +115,13 @@ def test_a_number_of_parameters_is_enough(params):
   assert 50 < size.width / size.layers < 250
 
 
+def test_layers_and_width_need_no_number_of_parameters():
+  """Exact: nor does a long context make them disagree with one."""
+  flags = ['--layers', '2', '--width', '128', '--context', '100000']
+  size = program.size_of(program.parse(flags))
+  assert (size.layers, size.width, size.context) == (2, 128, 100_000)
+
+
 def test_the_models_everyone_knows():
   """Exact: GPT-2's four sizes, as published, but for 47 words added."""
   for layers, width, params in (
