@@ -31,6 +31,10 @@ class ErrorFeedback:
     e = \mathrm{encode}_2(x - \mathrm{decode}_1(a)), \qquad
     \mathrm{decode} = \mathrm{decode}_1(a) + \mathrm{decode}_2(e)
 
+  where the errors of ``format`` are in proportion to values (``BlockInt`` with
+  map='log', ``Float8``), e is the error divided by the value: else the largest
+  values of a block would set the scale of its residuals.
+
   What one step loses in ``format`` the next step gets back, up to what the
   residual format loses itself.
 
@@ -66,19 +70,41 @@ class ErrorFeedback:
     _base.check_format(self.format, 'format')
     _base.check_format(self.residual, 'residual')
 
-  def encode(self, x: chex.Array, key: chex.PRNGKey | None = None) -> Feedback:
+  def fit(self, x: chex.Array) -> Any:
+    """The scales of the value; None if its format has none."""
+    return _base.fit(self.format, x)
+
+  def encode(
+    self, x: chex.Array, key: chex.PRNGKey | None = None, scales: Any = None
+  ) -> Feedback:
     """Stores ``x`` and what ``format`` loses of it."""
     keys = (None, None) if key is None else jax.random.split(key)
     x = jnp.asarray(x, jnp.float32)
-    value = self.format.encode(x, keys[0])
+    value = _base.encode(self.format, x, keys[0], scales)
     seen = self.format.decode(value, jax.ShapeDtypeStruct(x.shape, x.dtype))
     # inf - inf would turn an infinity into a NaN.
     error = jnp.where(jnp.isfinite(seen), x - seen, 0.0)
+    if self._relative:
+      error = jnp.where(seen == 0, 0.0, error / seen)
     return Feedback(value, self.residual.encode(error, keys[1]))
 
-  def decode(self, stored: Feedback, like: jax.ShapeDtypeStruct) -> chex.Array:
+  def decode(
+    self, stored: Feedback, like: jax.ShapeDtypeStruct
+  ) -> chex.Array:
     """Adds the residual to the value, in float32."""
     wide = jax.ShapeDtypeStruct(like.shape, jnp.float32)
     value = self.format.decode(stored.value, wide)
     residual = self.residual.decode(stored.residual, wide)
-    return (value + residual).astype(like.dtype)
+    both = value + (value * residual if self._relative else residual)
+    if not getattr(self.format, 'signed', True):
+      # The residual is coarse beside the smallest values of its block.
+      both = jnp.where(value > 0, jnp.maximum(both, 2.0**-126), value)
+    return both.astype(like.dtype)
+
+  def note(self, shape: tuple[int, ...]) -> str:
+    """What is special about an array of this shape; shown by the plan."""
+    return _base.note(self.format, shape)
+
+  @property
+  def _relative(self) -> bool:
+    return getattr(self.format, 'relative', False)

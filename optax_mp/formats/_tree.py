@@ -91,17 +91,27 @@ def encode_leaves(
   tree: Any,
   chosen: list[_base.Format | None],
   key: chex.PRNGKey | None = None,
+  scales: list[Any] | None = None,
 ) -> Any:
-  """:func:`encode_tree`, with the formats chosen already."""
+  """:func:`encode_tree`, with the formats chosen, and fitted, already."""
   leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
+  scales = [None] * len(leaves) if scales is None else scales
   stored = []
-  for (path, leaf), format in zip(leaves, chosen, strict=True):
+  for (path, leaf), format, scale in zip(leaves, chosen, scales, strict=True):
     if format is None:
       stored.append(leaf)
       continue
     own_key = None if key is None else _paths.leaf_key(key, path)
-    stored.append(encode(format, leaf, own_key))
+    stored.append(encode(format, leaf, own_key, scale))
   return treedef.unflatten(stored)
+
+
+def fit_leaves(tree: Any, chosen: list[_base.Format | None]) -> list[Any]:
+  """What each leaf's format needs to know first; None where it does not."""
+  return [
+    None if format is None else fit(format, leaf)
+    for leaf, format in zip(jax.tree.leaves(tree), chosen, strict=True)
+  ]
 
 
 def decode_leaves(
@@ -124,9 +134,17 @@ def decode_leaves(
 # Compiled apart, so that a model of many layers traces each format once for
 # each shape and not once for each leaf.
 @functools.partial(jax.jit, static_argnums=0)
-def encode(format: _base.Format, x: Any, key: Any = None) -> Any:
-  """``format.encode(x, key)``."""
-  return format.encode(x, key)
+def encode(
+  format: _base.Format, x: Any, key: Any = None, scales: Any = None
+) -> Any:
+  """``format.encode(x, key, scales)``."""
+  return _base.encode(format, x, key, scales)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def fit(format: _base.Format, x: Any) -> Any:
+  """``format.fit(x)``."""
+  return _base.fit(format, x)
 
 
 def decode(format: _base.Format, stored: Any, like: Any) -> Any:

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import chex
 import jax
+from jax import lax
 import jax.numpy as jnp
 import optax
 
@@ -126,19 +127,44 @@ def keep_compressed(
     if params is not None:
       treedef = jax.tree.structure(updates)
       _paths.flatten_like(treedef, params, 'params', 'updates')
-    new_updates, inner_state = inner.update(
-      _common.to_float32(updates),
-      _tree.decode_leaves(state.inner_state, like, chosen, 'state'),
-      None if params is None else _common.to_float32(params),
-      **extra_args,
-    )
+
+    def advance(stored):
+      return inner.update(
+        _common.to_float32(updates),
+        _tree.decode_leaves(stored, like, chosen, 'state'),
+        None if params is None else _common.to_float32(params),
+        **extra_args,
+      )
+
+    scales = None
+    if any(_base.is_fitted(format) for format in chosen):
+      _, ahead = advance(_recomputed(state.inner_state, like))
+      scales = _tree.fit_leaves(ahead, chosen)
+    new_updates, inner_state = advance(state.inner_state)
     rng_key, now = _common.next_key(state.rng_key)
-    stored = _tree.encode_leaves(inner_state, chosen, now)
+    stored = _tree.encode_leaves(inner_state, chosen, now, scales)
     stored = _tree.in_containers(stored, state.inner_state, like)
     new_updates = _cast_like(new_updates, updates, params)
     return new_updates, CompressedState(stored, rng_key)
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _recomputed(stored: Any, like: Any) -> Any:
+  """The same state, of which XLA does not know that it is the same.
+
+  Else XLA:GPU would compute new moments once, for both the scales and the
+  codes, and keep them in between. Of what is stored only the arrays of a leaf's
+  shape are told apart: that is enough, and scales have copies on a TPU.
+  """
+
+  def told_apart(leaf, parts):
+    return jax.tree.map(
+      lambda x: lax.optimization_barrier(x) if x.shape == leaf.shape else x,
+      parts,
+    )
+
+  return jax.tree.map(told_apart, like, stored)
 
 
 def _template(inner: optax.GradientTransformation, tree: Any) -> Any:

@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""8 and 4 bits with a scale a block: the formats of low-bit optimizers."""
+
+import dataclasses
+from typing import Any, Literal, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from optax_mp.formats import _base
+from optax_mp.formats import _blocks
+from optax_mp.formats import _dynamic
+from optax_mp.formats import _grids
+from optax_mp.formats import _log
+from optax_mp.formats import _maps
+
+_MAPS = ('sqrt', 'log', 'dynamic', 'softsign', 'linear')
+
+
+@_base.Stored.register
+class Block(NamedTuple):
+  """Codes, and what blocks of them share. ``codes.shape == x.shape``."""
+
+  codes: chex.Array  # x.shape, 8- or 4-bit integer or 8-bit float
+  # (..., R, C / block_size) or (..., R): float32, or uint32 for a grid of two
+  # numbers; with scale='rank1' a float32 vector an axis.
+  scales: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockInt:
+  r"""Keeps an array in 8- or 4-bit integers, with a scale a block.
+
+  **Stored:** ``Block(codes, scales)``: 1 or 1/2 byte per value, and 4 bytes a
+  block, 1/32 of a byte per value. With s the largest magnitude of a block and
+  v(n) the value of code n in the map,
+
+  .. math::
+    \mathrm{encode}(x) = \mathrm{sign}(x) \,\arg\min_n |v(n) - |x|/s|,
+    \qquad \mathrm{decode} = \mathrm{sign}\; v(n)\, s,
+
+  or, rounded stochastically, one of the two codes around x, with probabilities
+  that make the mean of what is decoded x.
+
+  =========== ======================================== ====================
+  map         v(n), N the largest code                 of
+  =========== ======================================== ====================
+  'sqrt'      (n / N)^2                                first moments
+  'log'       equal ratios between the smallest and    second moments
+              the largest of the block; n = 0 is 0
+  'dynamic'   decades, linear within each              8-bit optimizers
+  'softsign'  z / (2 - z), z = n / N                   FlashOptim's momenta
+  'linear'    n / N; 4 bits unsigned: (n + 1) / 16     4-bit optimizers' nu
+  =========== ======================================== ====================
+
+  Unsigned 'sqrt' is what FlashOptim keeps second moments in, signed 'dynamic'
+  with 4 bits what 4-bit optimizers keep first ones in.
+
+  Args:
+    bits: 8 or 4.
+    signed: False for second moments and other arrays that are not negative.
+    map: see above; 'sqrt' if signed, else 'log'.
+    block_size: values of a block, along the last axis. An array whose last two
+      axes are no multiples of (8, ``block_size``) has one scale a row.
+    scale: 'block', or 'rank1': the smallest of the largest magnitudes of a
+      value's row, column, ...; sum(shape) numbers, for two axes or more.
+    rounding: 'nearest' or 'stochastic' (needs a key).
+    keep_nonzero: whether unsigned values that are not zero never become zero,
+      however small beside their block. The published formats let them: then
+      Adam divides by nothing but eps.
+
+  Raises:
+    ValueError: for arguments that do not go together; in ``encode``, where a
+      key is missing.
+
+  Examples:
+    >>> import jax, jax.numpy as jnp
+    >>> from optax_mp import formats
+    >>> x = jax.random.normal(jax.random.key(0), (256, 256))
+    >>> for format in (formats.BlockInt(8), formats.BlockInt(4)):
+    ...   error = format.decode(format.encode(x), x) - x
+    ...   print(f'{formats.bits_per_value(format, x.shape)} {error.std():.3f}')
+    8.25 0.008
+    4.25 0.120
+
+  **Caveats:** rounded to nearest, an average that moves by less than half a
+  step of its code stands still: second moments with b2 = 0.999 want
+  'stochastic'. A NaN, an infinity or, unsigned, a negative value makes NaN of
+  its block. Values below 2^-126 are zeros.
+
+  References:
+    Dettmers et al., `8-bit Optimizers via Block-wise Quantization
+    <https://arxiv.org/abs/2110.02861>`_, 2022;
+    Li et al., `Memory Efficient Optimizers with 4-bit States
+    <https://arxiv.org/abs/2309.01507>`_, 2023;
+    `FlashOptim <https://arxiv.org/abs/2602.23349>`_, 2026
+  """
+
+  bits: Literal[8, 4] = 8
+  signed: bool = True
+  map: Literal['sqrt', 'log', 'dynamic', 'softsign', 'linear'] | None = None
+  block_size: int = 128
+  scale: Literal['block', 'rank1'] = 'block'
+  rounding: Literal['nearest', 'stochastic'] = 'nearest'
+  keep_nonzero: bool = True
+
+  def __post_init__(self):
+    _base.check_choice(self.bits, 'bits', (8, 4))
+    if self.map is None:
+      object.__setattr__(self, 'map', 'sqrt' if self.signed else 'log')
+    _base.check_choice(self.map, 'map', _MAPS)
+    _base.check_choice(self.scale, 'scale', ('block', 'rank1'))
+    _base.check_rounding(self)
+    check_block_size(self.block_size)
+    if self.map == 'log' and (self.signed or self.scale == 'rank1'):
+      raise ValueError(
+        "`map='log'` is for unsigned values with a grid a block; got "
+        f'signed={self.signed}, scale={self.scale!r}. Use signed=False and '
+        "scale='block', or another map."
+      )
+
+  @property
+  def relative(self) -> bool:
+    """Whether errors are in proportion to values."""
+    return self.map == 'log'
+
+  def fit(self, x: chex.Array) -> Any:
+    """The scales that ``encode`` would store."""
+    return fit(self._grid(), self._groups(x.shape), x)
+
+  def encode(
+    self, x: chex.Array, key: chex.PRNGKey | None = None, scales: Any = None
+  ) -> Block:
+    """Rounds ``x`` to codes; with scales of ``fit``, if there are any yet."""
+    noise = None
+    if self.rounding == 'stochastic':
+      noise = _base.check_key(key, self)
+    x = jnp.asarray(x, jnp.float32)
+    scales = self.fit(x) if scales is None else scales
+    wide = self._groups(x.shape).expand(scales)
+    grid = self._grid()
+    has_zero = not isinstance(_map_of(grid), _maps.LinearNoZero)
+    keep = self.keep_nonzero and not self.signed and has_zero
+    code = _grids.round_to(grid, x, wide, noise, keep)
+    return Block(self._with_sign(code, x), scales)
+
+  def decode(self, stored: Block, like: jax.ShapeDtypeStruct) -> chex.Array:
+    """Gives the codes' values, in the dtype of ``like``."""
+    wide = self._groups(like.shape).expand(stored.scales)
+    code = stored.codes.astype(jnp.int32) - self._offset()
+    value = _grids.value_of(self._grid(), jnp.abs(code), wide)
+    return jnp.where(code < 0, -value, value).astype(like.dtype)
+
+  def note(self, shape: tuple[int, ...]) -> str:
+    """What is special about an array of this shape; shown by the plan."""
+    if self.scale == 'rank1' and len(shape) > 1:
+      return ''
+    return _blocks.why_rows(shape, self.block_size)
+
+  def _grid(self) -> _grids.Grid:
+    top = 2 ** (self.bits - self.signed) - 1
+    if self.map == 'log':
+      return _log.Log(top)
+    if self.map == 'dynamic':
+      tree = _dynamic.Dynamic(self.bits - 1, doubled=not self.signed)
+      return _maps.Scaled(tree, self.signed)
+    if self.map == 'linear' and not self.signed and self.bits == 4:
+      return _maps.Scaled(_maps.LinearNoZero(top), self.signed)
+    by_name = {
+      'sqrt': _maps.Sqrt,
+      'softsign': _maps.Softsign,
+      'linear': _maps.Linear,
+    }
+    return _maps.Scaled(by_name[str(self.map)](top), self.signed)
+
+  def _groups(self, shape: tuple[int, ...]) -> Any:
+    if self.scale == 'rank1' and len(shape) > 1:
+      return _blocks.Rank1(shape)
+    return _blocks.cut(shape, self.block_size)
+
+  def _offset(self) -> int:
+    """The code of zero: signed trees are counted from their least value."""
+    in_order = self.signed and self.map == 'dynamic'
+    return 2 ** (self.bits - 1) - 1 if in_order else 0
+
+  def _with_sign(self, code: chex.Array, x: chex.Array) -> jax.Array:
+    offset = self._offset()
+    if offset:  # the tree has a code for 1 and none for -1
+      code = jnp.where(x < 0, -jnp.minimum(code, offset), code) + offset
+    elif self.signed:
+      code = jnp.where(x < 0, -code, code)
+    signed = self.signed and not offset
+    return code.astype(f'{"" if signed else "u"}int{self.bits}')
+
+
+def fit(grid: _grids.Grid, groups: Any, x: chex.Array) -> Any:
+  """What a grid needs to know of each group of values, as it is stored."""
+  x = jnp.asarray(x, jnp.float32)
+  if isinstance(groups, _blocks.Rank1):
+    axes = range(x.ndim)
+    return tuple(grid.fit(x, groups.others(axis)) for axis in axes)
+  return groups.kept(grid.fit(groups.split(x), groups.axes))
+
+
+def check_block_size(block_size: Any) -> None:
+  """Raises a ValueError unless ``block_size`` is a positive integer."""
+  _base.check_static(block_size, 'block_size')
+  if not _base.is_integer(block_size) or block_size < 2:
+    raise ValueError(
+      f'`block_size` must be an integer, 2 or more; got {block_size!r}. 128 is '
+      'the one that costs a TPU no copies.'
+    )
+
+
+def _map_of(grid: Any) -> Any:
+  return getattr(grid, 'map', None)

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which values of an array share a scale.
+
+On a TPU a reduction over 128 values of a row costs nothing where rows stay in
+tiles of eight: in the view (..., R / 8, 8, C / 128, 128). Seen as (..., R, C /
+128, 128) the same blocks cost an optimizer step 24 bytes of temporaries a
+value, and arrays padded to whole blocks 15 to 20. So there is no padding: an
+array that the view does not fit has a scale a row.
+"""
+
+import math
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+_SUBLANES = 8  # rows of a tile
+# A scale for fewer values than this weighs more than it helps.
+_SHORT = 16
+
+
+class Blocks(NamedTuple):
+  """Blocks within rows, or whole rows."""
+
+  shape: tuple[int, ...]  # of the array
+  view: tuple[int, ...]  # in which groups are whole axes
+  axes: tuple[int, ...]  # those axes
+  scales: tuple[int, ...]  # the shape of what is kept for each group
+
+  def split(self, x: chex.Array) -> jax.Array:
+    """The array, seen so that ``axes`` are the groups."""
+    return jnp.reshape(x, self.view)
+
+  def kept(self, reduced: chex.Array) -> jax.Array:
+    """What a reduction over ``axes`` left, in the shape that is stored."""
+    return jnp.reshape(reduced, self.scales)
+
+  def expand(self, scales: chex.Array) -> jax.Array:
+    """What is stored for a group, for each of its values.
+
+    All arithmetic is then done in the array's own shape: XLA:GPU computes
+    arrays of different shapes in different kernels.
+    """
+    axes = {axis % len(self.view) for axis in self.axes}
+    ones = tuple(1 if i in axes else n for i, n in enumerate(self.view))
+    view = jnp.broadcast_to(jnp.reshape(scales, ones), self.view)
+    return jnp.reshape(view, self.shape)
+
+
+def cut(shape: tuple[int, ...], block_size: int) -> Blocks:
+  """The blocks of an array.
+
+  Args:
+    shape: of the array; of the whole one, if it is sharded.
+    block_size: values of a block.
+
+  Returns:
+    Blocks of ``block_size`` where the last two axes are multiples of (8,
+    ``block_size``), or the only axis is one of ``block_size``; their scales
+    have the array's rank. Elsewhere rows: the last axis, and as many more of
+    the trailing axes as make 16 values; scales have the axes that are left.
+  """
+  size = shape[-1] if shape else 0
+  if size and size % block_size == 0:
+    count = size // block_size
+    if len(shape) == 1:
+      return Blocks(shape, (count, block_size), (-1,), (count,))
+    if shape[-2] % _SUBLANES == 0:
+      tiles = (shape[-2] // _SUBLANES, _SUBLANES, count, block_size)
+      return Blocks(shape, (*shape[:-2], *tiles), (-1,), (*shape[:-1], count))
+  trailing = range(1, len(shape))
+  row = next((n for n in trailing if math.prod(shape[-n:]) >= _SHORT), None)
+  row = len(shape) if row is None else row
+  return Blocks(shape, shape, tuple(range(-row, 0)), shape[: len(shape) - row])
+
+
+def why_rows(shape: tuple[int, ...], block_size: int) -> str:
+  """Why :func:`cut` gives whole rows; empty where it gives blocks."""
+  if not shape or cut(shape, block_size).view != shape:
+    return ''
+  if shape[-1] % block_size:
+    return f'one scale a row: {shape[-1]} is no multiple of {block_size}'
+  return f'one scale a row: {shape[-2]} is no multiple of {_SUBLANES}'
+
+
+class Rank1(NamedTuple):
+  """The scale of a value is the smallest of its row's, column's, ... largest.
+
+  A vector an axis, sum(shape) numbers in all.
+  """
+
+  shape: tuple[int, ...]
+
+  def expand(self, scales: tuple[chex.Array, ...]) -> jax.Array:
+    """The scale of each value."""
+    wide = jnp.full(self.shape, jnp.inf, jnp.float32)
+    for axis, scale in enumerate(scales):
+      ones = [1] * len(self.shape)
+      ones[axis] = -1
+      along = jnp.broadcast_to(jnp.reshape(scale, ones), self.shape)
+      wide = jnp.minimum(wide, along)
+    return wide
+
+  def others(self, axis: int) -> tuple[int, ...]:
+    """All axes but one."""
+    return tuple(i for i in range(len(self.shape)) if i != axis)

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rounding to a grid: the one place where a value becomes a code."""
+
+from typing import Protocol
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from optax_mp.formats import _rounding
+
+_TINY = 2.0**-126  # the smallest normal number
+
+
+class Grid(Protocol):
+  """The values that codes stand for, in the units of a block."""
+
+  @property
+  def top(self) -> int:
+    """The largest code."""
+    ...
+
+  def fit(self, x: chex.Array, axes: tuple[int, ...]) -> jax.Array:
+    """What each block needs to know, without the axes."""
+    ...
+
+  def relative(self, x: chex.Array, scale: chex.Array) -> jax.Array:
+    """The magnitude of x in the block's units."""
+    ...
+
+  def below(self, x: chex.Array, scale: chex.Array) -> jax.Array:
+    """The largest code whose value is at most the relative x."""
+    ...
+
+  def value(self, code: chex.Array, scale: chex.Array) -> jax.Array:
+    """The relative value of a code, from 0 to ``top + 1``."""
+    ...
+
+  def absolute(self, value: chex.Array, scale: chex.Array) -> jax.Array:
+    """The inverse of ``relative``."""
+    ...
+
+
+def round_to(
+  grid: Grid,
+  x: chex.Array,
+  scale: chex.Array,
+  key: chex.PRNGKey | None,
+  keep_nonzero: bool,
+) -> jax.Array:
+  """The code of each magnitude: one of the two grid points around it.
+
+  Args:
+    grid: where codes are.
+    x: float32.
+    scale: what ``grid.fit`` found, for each value.
+    key: for stochastic rounding: up with the probability (x - low) / (high -
+      low), so that the mean is x. None for the nearer one.
+    keep_nonzero: whether what is not zero may not become the code 0.
+
+  Returns:
+    int32 codes from 0 to ``grid.top``.
+  """
+  x = grid.relative(x, scale)
+  threshold = 0.5
+  if key is not None:
+    threshold = _rounding.uniform(_rounding.random_bits(key, x.shape))
+  code = jnp.clip(grid.below(x, scale), 0, grid.top)
+  low, high = grid.value(code, scale), grid.value(code + 1, scale)
+  up = threshold * (high - low) < x - low
+  code = jnp.minimum(code + up.astype(jnp.int32), grid.top)
+  if keep_nonzero:
+    code = jnp.maximum(code, (x > 0).astype(jnp.int32))
+  return code
+
+
+def value_of(grid: Grid, code: chex.Array, scale: chex.Array) -> jax.Array:
+  """The magnitude of a code; no code but 0 underflows to 0."""
+  value = grid.absolute(grid.value(code, scale), scale)
+  return jnp.where(code > 0, jnp.maximum(value, _TINY), value)
