@@ -8,8 +8,17 @@ around it is any Optax optimizer, in float32.
 from optax_mp import checkpoint as checkpoint
 from optax_mp import formats as formats
 from optax_mp import memory as memory
+from optax_mp._recipes import adamw_4bit as adamw_4bit
+from optax_mp._recipes import adamw_4bit_factored as adamw_4bit_factored
+from optax_mp._recipes import adamw_8bit as adamw_8bit
 from optax_mp._recipes import adamw_bf16 as adamw_bf16
+from optax_mp._recipes import ademamix_8bit as ademamix_8bit
+from optax_mp._recipes import coat_adamw as coat_adamw
+from optax_mp._recipes import flash_adamw as flash_adamw
+from optax_mp._recipes import lion_8bit as lion_8bit
 from optax_mp._recipes import lion_bf16 as lion_bf16
+from optax_mp._recipes import muon_8bit as muon_8bit
+from optax_mp._recipes import sgdm_8bit as sgdm_8bit
 from optax_mp._recipes import sgdm_bf16 as sgdm_bf16
 from optax_mp.wrappers import CompensatedState as CompensatedState
 from optax_mp.wrappers import CompressedState as CompressedState
@@ -19,12 +28,21 @@ from optax_mp.wrappers import compressed as compressed
 __all__ = (
   'CompensatedState',
   'CompressedState',
+  'adamw_4bit',
+  'adamw_4bit_factored',
+  'adamw_8bit',
   'adamw_bf16',
+  'ademamix_8bit',
   'checkpoint',
+  'coat_adamw',
   'compensated',
   'compressed',
+  'flash_adamw',
   'formats',
+  'lion_8bit',
   'lion_bf16',
   'memory',
+  'muon_8bit',
+  'sgdm_8bit',
   'sgdm_bf16',
 )

@@ -11,7 +11,6 @@ array that the view does not fit has a scale a row.
 import math
 from typing import NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 
@@ -28,15 +27,15 @@ class Blocks(NamedTuple):
   axes: tuple[int, ...]  # those axes
   scales: tuple[int, ...]  # the shape of what is kept for each group
 
-  def split(self, x: chex.Array) -> jax.Array:
+  def split(self, x: jax.Array) -> jax.Array:
     """The array, seen so that ``axes`` are the groups."""
     return jnp.reshape(x, self.view)
 
-  def kept(self, reduced: chex.Array) -> jax.Array:
+  def kept(self, reduced: jax.Array) -> jax.Array:
     """What a reduction over ``axes`` left, in the shape that is stored."""
     return jnp.reshape(reduced, self.scales)
 
-  def expand(self, scales: chex.Array) -> jax.Array:
+  def expand(self, scales: jax.Array) -> jax.Array:
     """What is stored for a group, for each of its values.
 
     All arithmetic is then done in the array's own shape: XLA:GPU computes
@@ -92,7 +91,7 @@ class Rank1(NamedTuple):
 
   shape: tuple[int, ...]
 
-  def expand(self, scales: tuple[chex.Array, ...]) -> jax.Array:
+  def expand(self, scales: tuple[jax.Array, ...]) -> jax.Array:
     """The scale of each value."""
     wide = jnp.full(self.shape, jnp.inf, jnp.float32)
     for axis, scale in enumerate(scales):

@@ -12,7 +12,6 @@ and the last code is 1. Counted through, the codes of decade i are f 2^i + j
 
 import dataclasses
 
-import chex
 import jax
 from jax import lax
 import jax.numpy as jnp
@@ -30,7 +29,7 @@ class Dynamic:
     """The code of 1."""
     return (2**self.decades - 1) * (1 + self.doubled) + 1
 
-  def value(self, code: chex.Array) -> jax.Array:
+  def value(self, code: jax.Array) -> jax.Array:
     """Code n = 2^i f + j is mu f 2^i, with 1 <= mu < 2 and j = (mu - 1) ..."""
     n = (code + self.doubled).astype(jnp.float32)
     bits = lax.bitcast_convert_type(n, jnp.int32)
@@ -44,11 +43,10 @@ class Dynamic:
     value = jnp.where(code >= self.top, 1.0, value * fraction)
     return jnp.where(code <= 0, 0.0, value)
 
-  def below(self, x: chex.Array) -> jax.Array:
-    decade = sum(
-      (x >= 10.0 ** (q - self.decades)).astype(jnp.int32)
-      for q in range(1, self.decades)
-    )
+  def below(self, x: jax.Array) -> jax.Array:
+    decade = jnp.zeros(x.shape, jnp.int32)
+    for q in range(1, self.decades):
+      decade += (x >= 10.0 ** (q - self.decades)).astype(jnp.int32)
     up = _select([10.0**q for q in range(self.decades)], self._up(decade))
     cells = _power_of_2(decade + self.doubled)
     inside = jnp.floor((x * up - 0.1) * (cells / 0.9) - 0.5)
@@ -56,16 +54,16 @@ class Dynamic:
     code = (cells + inside).astype(jnp.int32) - self.doubled
     return jnp.where(x >= 1.0, self.top, jnp.clip(code, 0, self.top - 1))
 
-  def _up(self, decade: chex.Array) -> jax.Array:
+  def _up(self, decade: jax.Array) -> jax.Array:
     return self.decades - 1 - decade
 
 
-def _power_of_2(exponent: chex.Array) -> jax.Array:
+def _power_of_2(exponent: jax.Array) -> jax.Array:
   """Exactly 2^exponent, from the exponent's bits."""
   return lax.bitcast_convert_type((exponent + 127) << 23, jnp.float32)
 
 
-def _select(values: list[float], index: chex.Array) -> jax.Array:
+def _select(values: list[float], index: jax.Array) -> jax.Array:
   """values[index] by a chain of selects; a gather would not fuse."""
   chosen = jnp.full(index.shape, values[0], jnp.float32)
   for i, value in enumerate(values[1:], 1):

@@ -88,9 +88,7 @@ class ErrorFeedback:
       error = jnp.where(seen == 0, 0.0, error / seen)
     return Feedback(value, self.residual.encode(error, keys[1]))
 
-  def decode(
-    self, stored: Feedback, like: jax.ShapeDtypeStruct
-  ) -> chex.Array:
+  def decode(self, stored: Feedback, like: jax.ShapeDtypeStruct) -> chex.Array:
     """Adds the residual to the value, in float32."""
     wide = jax.ShapeDtypeStruct(like.shape, jnp.float32)
     value = self.format.decode(stored.value, wide)

@@ -80,15 +80,13 @@ class Factored:
     del key
     return self.fit(x) if scales is None else scales
 
-  def decode(
-    self, stored: Factors, like: jax.ShapeDtypeStruct
-  ) -> chex.Array:
+  def decode(self, stored: Factors, like: jax.ShapeDtypeStruct) -> chex.Array:
     """Rows times columns, divided by the mean of all."""
-    mean = jnp.mean(stored.row, -1, keepdims=True)
+    row, column = map(jnp.asarray, stored)
+    mean = jnp.mean(row, -1, keepdims=True)
     # Divided before multiplied: the product of two small means underflows.
-    row = stored.row / jnp.where(mean > 0, mean, 1.0)
-    product = row[..., :, None] * stored.column[..., None, :]
-    nonzero = (stored.row > 0)[..., :, None] & (stored.column > 0)[..., None, :]
-    return jnp.where(nonzero, jnp.maximum(product, _TINY), product).astype(
-      like.dtype
-    )
+    share = row / jnp.where(mean > 0, mean, 1.0)
+    product = share[..., :, None] * column[..., None, :]
+    nonzero = (row > 0)[..., :, None] & (column > 0)[..., None, :]
+    product = jnp.where(nonzero, jnp.maximum(product, _TINY), product)
+    return product.astype(like.dtype)

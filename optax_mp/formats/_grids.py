@@ -20,31 +20,31 @@ class Grid(Protocol):
     """The largest code."""
     ...
 
-  def fit(self, x: chex.Array, axes: tuple[int, ...]) -> jax.Array:
+  def fit(self, x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     """What each block needs to know, without the axes."""
     ...
 
-  def relative(self, x: chex.Array, scale: chex.Array) -> jax.Array:
+  def relative(self, x: jax.Array, scale: jax.Array) -> jax.Array:
     """The magnitude of x in the block's units."""
     ...
 
-  def below(self, x: chex.Array, scale: chex.Array) -> jax.Array:
+  def below(self, x: jax.Array, scale: jax.Array) -> jax.Array:
     """The largest code whose value is at most the relative x."""
     ...
 
-  def value(self, code: chex.Array, scale: chex.Array) -> jax.Array:
+  def value(self, code: jax.Array, scale: jax.Array) -> jax.Array:
     """The relative value of a code, from 0 to ``top + 1``."""
     ...
 
-  def absolute(self, value: chex.Array, scale: chex.Array) -> jax.Array:
+  def absolute(self, value: jax.Array, scale: jax.Array) -> jax.Array:
     """The inverse of ``relative``."""
     ...
 
 
 def round_to(
   grid: Grid,
-  x: chex.Array,
-  scale: chex.Array,
+  x: jax.Array,
+  scale: jax.Array,
   key: chex.PRNGKey | None,
   keep_nonzero: bool,
 ) -> jax.Array:
@@ -74,7 +74,11 @@ def round_to(
   return code
 
 
-def value_of(grid: Grid, code: chex.Array, scale: chex.Array) -> jax.Array:
-  """The magnitude of a code; no code but 0 underflows to 0."""
-  value = grid.absolute(grid.value(code, scale), scale)
+def value_of(grid: Grid, code: jax.Array, scale: jax.Array) -> jax.Array:
+  """The magnitude of a code."""
+  return not_zero(grid.absolute(grid.value(code, scale), scale), code)
+
+
+def not_zero(value: jax.Array, code: jax.Array) -> jax.Array:
+  """The value, but no code above 0 underflows to 0."""
   return jnp.where(code > 0, jnp.maximum(value, _TINY), value)

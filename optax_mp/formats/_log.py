@@ -18,7 +18,6 @@ Multiplied by a power of two, a block has the same codes.
 
 import dataclasses
 
-import chex
 import jax
 from jax import lax
 import jax.numpy as jnp
@@ -38,7 +37,7 @@ class Log:
 
   top: int
 
-  def fit(self, x: chex.Array, axes: tuple[int, ...]) -> jax.Array:
+  def fit(self, x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     """The grid of each block, uint32, without the axes.
 
     One selection and two reductions: XLA:GPU recomputes little for the second
@@ -49,7 +48,7 @@ class Log:
     finite = (high < jnp.inf) & (low >= 0)  # False with a NaN
     return jnp.where(finite, self._between(low, high), _not_finite())
 
-  def _between(self, low: chex.Array, high: chex.Array) -> jax.Array:
+  def _between(self, low: jax.Array, high: jax.Array) -> jax.Array:
     low, high = (lax.bitcast_convert_type(x, jnp.int32) for x in (low, high))
     low = jnp.maximum(jnp.minimum(low, high), _NORMAL)
     # As both ends are rounded to the grid, it has two steps fewer than codes.
@@ -57,12 +56,12 @@ class Log:
     size = _smallest_size(span / (self.top - 2))
     return _pack(size, lax.div(low, _step(size)))
 
-  def relative(self, x: chex.Array, grid: chex.Array) -> jax.Array:
+  def relative(self, x: jax.Array, grid: jax.Array) -> jax.Array:
     """The value itself: the grid is absolute."""
     del grid
     return x
 
-  def below(self, x: chex.Array, grid: chex.Array) -> jax.Array:
+  def below(self, x: jax.Array, grid: jax.Array) -> jax.Array:
     """The largest code whose value is at most x."""
     words = lax.bitcast_convert_type(x, jnp.int32)
     step, base = _unpack(grid, words)
@@ -70,7 +69,7 @@ class Log:
     code = jnp.floor(steps).astype(jnp.int32) + 1
     return jnp.where(words < _NORMAL, 0, code)
 
-  def value(self, code: chex.Array, grid: chex.Array) -> jax.Array:
+  def value(self, code: jax.Array, grid: jax.Array) -> jax.Array:
     """The float32 of a code; NaN in a block that is not finite."""
     step, base = _unpack(grid, code)
     words = jnp.maximum(step * (base + code - 1), _NORMAL)
@@ -79,13 +78,13 @@ class Log:
     words = jnp.where(step == 0, _NAN, words)
     return lax.bitcast_convert_type(words, jnp.float32)
 
-  def absolute(self, value: chex.Array, grid: chex.Array) -> jax.Array:
+  def absolute(self, value: jax.Array, grid: jax.Array) -> jax.Array:
     """The value itself."""
     del grid
     return value
 
 
-def _pack(size: chex.Array, base: chex.Array) -> jax.Array:
+def _pack(size: jax.Array, base: jax.Array) -> jax.Array:
   return ((size << 24) | (base << 8)).astype(jnp.uint32)
 
 
@@ -93,7 +92,7 @@ def _not_finite() -> jax.Array:
   return jnp.uint32(_NOT_FINITE) << 24
 
 
-def _unpack(grid: chex.Array, other: chex.Array) -> tuple[jax.Array, jax.Array]:
+def _unpack(grid: jax.Array, other: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Step and base; ``other`` is any number a value, its low bits are free.
 
   Were it not for them, XLA would unpack before it broadcasts, and on a TPU each
@@ -104,15 +103,15 @@ def _unpack(grid: chex.Array, other: chex.Array) -> tuple[jax.Array, jax.Array]:
   return _step(size.astype(jnp.int32)), base.astype(jnp.int32)
 
 
-def _step(size: chex.Array) -> jax.Array:
-  """The words of a step: (8 + size mod 8) 2^(12 + size div 8), from 2^-8 octaves.
+def _step(size: jax.Array) -> jax.Array:
+  """The words of a step: (8 + size mod 8) 2^(12 + size div 8).
 
-  0 for the size 0xFF, which shifts all bits out.
+  From 2^-8 octaves; 0 for the size 0xFF, which shifts all bits out.
   """
   return (8 + (size & 7)) << (12 + (size >> 3))
 
 
-def _smallest_size(step: chex.Array) -> jax.Array:
+def _smallest_size(step: jax.Array) -> jax.Array:
   """The size of a step, rounded up; a float32 has the same form."""
   bits = _rounding.to_bits(jnp.maximum(step, 2.0**15)).astype(jnp.int32)
   return ((bits + 0xFFFFF) >> 20) - ((127 + 15) << 3)

@@ -9,7 +9,6 @@ search, so that both fuse into the optimizer's update.
 import dataclasses
 from typing import Protocol
 
-import chex
 import jax
 import jax.numpy as jnp
 
@@ -22,11 +21,11 @@ class Map(Protocol):
     """The largest code."""
     ...
 
-  def value(self, code: chex.Array) -> jax.Array:
+  def value(self, code: jax.Array) -> jax.Array:
     """Int32 codes from 0 to ``top + 1`` -> float32."""
     ...
 
-  def below(self, x: chex.Array) -> jax.Array:
+  def below(self, x: jax.Array) -> jax.Array:
     """The largest code whose value is at most x, for x in [0, 1]."""
     ...
 
@@ -37,10 +36,10 @@ class Linear:
 
   top: int
 
-  def value(self, code: chex.Array) -> jax.Array:
+  def value(self, code: jax.Array) -> jax.Array:
     return code.astype(jnp.float32) / self.top
 
-  def below(self, x: chex.Array) -> jax.Array:
+  def below(self, x: jax.Array) -> jax.Array:
     return jnp.floor(x * self.top).astype(jnp.int32)
 
 
@@ -50,10 +49,10 @@ class LinearNoZero:
 
   top: int
 
-  def value(self, code: chex.Array) -> jax.Array:
+  def value(self, code: jax.Array) -> jax.Array:
     return (code + 1).astype(jnp.float32) / (self.top + 1)
 
-  def below(self, x: chex.Array) -> jax.Array:
+  def below(self, x: jax.Array) -> jax.Array:
     return jnp.floor(x * (self.top + 1)).astype(jnp.int32) - 1
 
 
@@ -63,11 +62,11 @@ class Sqrt:
 
   top: int
 
-  def value(self, code: chex.Array) -> jax.Array:
+  def value(self, code: jax.Array) -> jax.Array:
     root = code.astype(jnp.float32) / self.top
     return root * root
 
-  def below(self, x: chex.Array) -> jax.Array:
+  def below(self, x: jax.Array) -> jax.Array:
     return jnp.floor(self.top * jnp.sqrt(x)).astype(jnp.int32)
 
 
@@ -77,11 +76,11 @@ class Softsign:
 
   top: int
 
-  def value(self, code: chex.Array) -> jax.Array:
+  def value(self, code: jax.Array) -> jax.Array:
     code = code.astype(jnp.float32)
     return code / (2 * self.top - code)
 
-  def below(self, x: chex.Array) -> jax.Array:
+  def below(self, x: jax.Array) -> jax.Array:
     return jnp.floor(2 * self.top * x / (1 + x)).astype(jnp.int32)
 
 
@@ -96,7 +95,7 @@ class Scaled:
   def top(self) -> int:
     return self.map.top
 
-  def fit(self, x: chex.Array, axes: tuple[int, ...]) -> jax.Array:
+  def fit(self, x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     """The largest magnitude, float32, without the axes.
 
     NaN in a block with a NaN or an infinity, or a negative value where there
@@ -106,17 +105,17 @@ class Scaled:
     scale = jnp.max(size, axes, initial=0.0)
     return jnp.where(scale < jnp.inf, scale, jnp.nan)
 
-  def relative(self, x: chex.Array, scale: chex.Array) -> jax.Array:
+  def relative(self, x: jax.Array, scale: jax.Array) -> jax.Array:
     """The magnitude in units of the scale; a zero needs none."""
     return jnp.where(x == 0, 0.0, jnp.abs(x) / scale)
 
-  def below(self, x: chex.Array, scale: chex.Array) -> jax.Array:
+  def below(self, x: jax.Array, scale: jax.Array) -> jax.Array:
     del scale
     return self.map.below(x)
 
-  def value(self, code: chex.Array, scale: chex.Array) -> jax.Array:
+  def value(self, code: jax.Array, scale: jax.Array) -> jax.Array:
     del scale
     return self.map.value(code)
 
-  def absolute(self, value: chex.Array, scale: chex.Array) -> jax.Array:
+  def absolute(self, value: jax.Array, scale: jax.Array) -> jax.Array:
     return value * scale

@@ -3,7 +3,7 @@
 
 from collections.abc import Callable, Collection, Mapping
 import math
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +11,9 @@ import jax.numpy as jnp
 from optax_mp.formats import _base
 from optax_mp.formats import _paths
 
+_ByPath: TypeAlias = Callable[[str, Any], _base.Format | None]
 Rule: TypeAlias = (
-  _base.Format
-  | Mapping[str, _base.Format | None]
-  | Callable[[str, Any], _base.Format | None]
+  _base.Format | Mapping[str, _base.Format | _ByPath | None] | _ByPath
 )
 
 
@@ -71,10 +70,14 @@ def check_rule(rule: Any) -> None:
   """Raises a ValueError unless ``rule`` is one of the three kinds of rule."""
   if isinstance(rule, Mapping):
     for field, format in rule.items():
-      if format is not None:
+      if format is not None and not _is_by_path(format):
         _base.check_format(format, f'rule[{field!r}]')
-  elif not callable(rule) or isinstance(rule, type):
+  elif not _is_by_path(rule):
     _base.check_format(rule, 'rule')
+
+
+def _is_by_path(rule: Any) -> TypeGuard[_ByPath]:
+  return callable(rule) and not isinstance(rule, type)
 
 
 def is_float(leaf: Any, min_size: int = 0) -> bool:
@@ -93,13 +96,13 @@ def _leaves(
 
 
 def _choose(
-  rule: Rule, name: str, leaf: Any, fields: list[str]
+  rule: Rule | None, name: str, leaf: Any, fields: list[str]
 ) -> _base.Format | None:
   """What the rule says of one leaf, with its path and its state fields."""
   if isinstance(rule, Mapping):
     named = [field for field in fields if field in rule]
-    return rule[named[0]] if named else None
-  if isinstance(rule, _base.Format):
+    return _choose(rule[named[0]], name, leaf, fields) if named else None
+  if rule is None or isinstance(rule, _base.Format):
     return rule
   format = rule(name, leaf)
   if format is not None:

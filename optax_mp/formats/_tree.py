@@ -29,9 +29,9 @@ def encode_tree(
     rule: one of
 
       * a format, for every leaf;
-      * a mapping from state field to format or None, for the leaves below a
-        field of a NamedTuple with that name (``{'mu': ..., 'nu': ...}``);
-        fields it does not name stay as they are;
+      * a mapping from state field to format, function or None, for the leaves
+        below a field of a NamedTuple with that name (``{'mu': ..., 'nu':
+        ...}``); fields it does not name stay as they are;
       * a function ``(path, leaf) -> format or None``, with the path as in
         ``'0/mu/layer/kernel'``, the leaf's ``shape`` and ``dtype``.
     key: a PRNG key, for formats that round stochastically; each leaf gets its

@@ -112,10 +112,11 @@ def keep_compressed(
     if jax.tree.leaves(params):  # `optax.tree.map_params` has none, nor groups
       like = _template(inner, params)
       chosen = choose(like, params)
-      _rule.check_fields(like, rule, _paths.param_paths(params))
       _check_wide(like, chosen)
-      if not may_do_nothing and all(format is None for format in chosen):
-        raise ValueError(_nothing(like, rule, min_size))
+      if not may_do_nothing:
+        _rule.check_fields(like, rule, _paths.param_paths(params))
+        if all(format is None for format in chosen):
+          raise ValueError(_nothing(like, rule, min_size))
     # The noise of `init` and of the first step differ.
     rng_key, _ = _common.next_key(_common.new_key(seed))
     return CompressedState(build(params), rng_key)

@@ -1,58 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Named combinations of an Optax optimizer, a format and the two wrappers."""
+"""Parameters and moments in bfloat16, the errors of both fed back."""
 
-from collections.abc import Callable
-import inspect
-from typing import Any, TypeVar
+from typing import Any
 
 import optax
 
 from optax_mp import formats
-from optax_mp.wrappers import _compressed
-from optax_mp.wrappers import compensated
+from optax_mp._recipes import _build
 
-_Recipe = TypeVar('_Recipe', bound=Callable[..., Any])
-
-
-def _like(base: Callable[..., Any], **defaults: Any):
-  """Gives a recipe the signature of the Optax optimizer that it wraps.
-
-  So that editors and ``optax.inject_hyperparams`` see every hyperparameter, as
-  the installed Optax has them.
-
-  Args:
-    base: the Optax optimizer.
-    **defaults: defaults of ours in place of Optax's.
-
-  Returns:
-    A decorator for ``recipe(*args, <our keywords>, **kwargs)``.
-  """
-
-  def decorate(recipe: _Recipe) -> _Recipe:
-    theirs = inspect.signature(base).parameters.values()
-    ours = inspect.signature(recipe)
-    parameters = [
-      p.replace(default=defaults.get(p.name, p.default)) for p in theirs
-    ]
-    names = {p.name for p in parameters}
-    parameters += [
-      p
-      for p in ours.parameters.values()
-      if p.kind is p.KEYWORD_ONLY and p.name not in names
-    ]
-    recipe.__signature__ = ours.replace(parameters=parameters)  # type: ignore
-    return recipe
-
-  return decorate
+_like = _build.like
 
 
 def _in_bfloat16(inner, residual_bits: int, min_size: int, seed: int):
-  """bfloat16 parameters and moments, the errors of both fed back."""
-  # A group of biases alone has nothing to compress, and that is no mistake.
-  small = _compressed.keep_compressed(
-    inner, formats.Split(8), min_size, seed, may_do_nothing=True
-  )
-  return compensated(small, residual_bits, seed=seed)
+  rule = formats.Split(8)
+  return _build.assemble(inner, rule, residual_bits, min_size, seed)
 
 
 @_like(optax.adamw)
@@ -140,15 +101,7 @@ def sgdm_bf16(
     Sutskever et al., `On the importance of initialization and momentum
     <https://proceedings.mlr.press/v28/sutskever13.html>`_, 2013
   """
-  bound = inspect.signature(sgdm_bf16).bind_partial(*args, **kwargs)
-  bound.apply_defaults()
-  if bound.arguments['momentum'] is None:
-    raise ValueError(
-      '`momentum` must be a number; got None, which leaves no state to keep in '
-      'bfloat16. Use `compensated(optax.sgd(...))`.'
-    )
-  names = inspect.signature(optax.sgd).parameters
-  inner = optax.sgd(**{name: bound.arguments[name] for name in names})
+  inner, _ = _build.sgd_with_momentum(args, kwargs)
   return _in_bfloat16(inner, residual_bits, min_size, seed)
 
 

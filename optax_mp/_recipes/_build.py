@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What recipes are made of: a signature, a rule, the two wrappers."""
+
+from collections.abc import Callable, Mapping
+import inspect
+import numbers
+import re
+from typing import Any, TypeVar
+
+import optax
+
+from optax_mp import formats
+from optax_mp.wrappers import _compressed
+from optax_mp.wrappers import compensated
+
+_Recipe = TypeVar('_Recipe', bound=Callable[..., Any])
+
+# Below it, a step of an average moves most codes by more than half of one.
+_FAST = 0.95
+
+
+def like(base: Callable[..., Any], **defaults: Any):
+  """Gives a recipe the signature of the Optax optimizer that it wraps.
+
+  So that editors and ``optax.inject_hyperparams`` see every hyperparameter, as
+  the installed Optax has them.
+
+  Args:
+    base: the Optax optimizer.
+    **defaults: defaults of ours in place of Optax's.
+
+  Returns:
+    A decorator for ``recipe(*args, <our keywords>, **kwargs)``.
+  """
+
+  def decorate(recipe: _Recipe) -> _Recipe:
+    theirs = inspect.signature(base).parameters.values()
+    ours = inspect.signature(recipe)
+    parameters = [
+      p.replace(default=defaults.get(p.name, p.default)) for p in theirs
+    ]
+    names = {p.name for p in parameters}
+    parameters += [
+      p
+      for p in ours.parameters.values()
+      if p.kind is p.KEYWORD_ONLY and p.name not in names
+    ]
+    recipe.__signature__ = ours.replace(parameters=parameters)  # type: ignore
+    return recipe
+
+  return decorate
+
+
+def argument(
+  base: Callable[..., Any], name: str, args: Any, kwargs: Mapping[str, Any]
+) -> Any:
+  """What ``base(*args, **kwargs)`` takes for the argument ``name``."""
+  bound = inspect.signature(base).bind_partial(*args, **kwargs)
+  bound.apply_defaults()
+  return bound.arguments[name]
+
+
+def sgd_with_momentum(
+  args: Any, kwargs: Mapping[str, Any]
+) -> tuple[optax.GradientTransformation, Any]:
+  """``optax.sgd`` and its momentum, 0.9 unless given."""
+  bound = inspect.signature(optax.sgd).bind(*args, **kwargs)
+  bound.arguments.setdefault('momentum', 0.9)
+  momentum = bound.arguments['momentum']
+  if momentum is None:
+    raise ValueError(
+      '`momentum` must be a number; got None, which leaves no state to '
+      'compress. Use `compensated(optax.sgd(...))`.'
+    )
+  return optax.sgd(*bound.args, **bound.kwargs), momentum
+
+
+def first_moment(
+  decay: Any, bits: int = 8, **settings: Any
+) -> formats.BlockInt:
+  """The format of an average of gradients."""
+  return formats.BlockInt(bits, rounding=rounding(decay), **settings)
+
+
+def rounding(decay: Any) -> Any:
+  """'stochastic' where a step of the average may be less than half a code."""
+  known = isinstance(decay, numbers.Real)
+  return 'nearest' if known and decay < _FAST else 'stochastic'
+
+
+def second_moment(bits: int = 8, **settings: Any) -> formats.BlockInt:
+  """The format of an average of squares."""
+  return formats.BlockInt(bits, signed=False, rounding='stochastic', **settings)
+
+
+def assemble(
+  inner: Any,
+  rule: formats.Rule,
+  residual_bits: int,
+  min_size: int,
+  seed: int,
+  keep_float32: str | None = None,
+):
+  """The optimizer, its state kept by the rule, its parameters in 16 bits."""
+  # A group of biases alone has nothing to compress, and that is no mistake.
+  small = _compressed.keep_compressed(
+    inner, except_for(rule, keep_float32), min_size, seed, may_do_nothing=True
+  )
+  return compensated(small, residual_bits, seed=seed)
+
+
+def except_for(rule: formats.Rule, pattern: str | None) -> formats.Rule:
+  """The rule, but None for the leaves of parameters with a certain path."""
+  if pattern is None:
+    return rule
+  try:
+    found = re.compile(pattern)
+  except (re.error, TypeError) as error:
+    raise ValueError(
+      '`keep_float32` must be a regular expression for paths of parameters, '
+      f"such as 'embed'; got {pattern!r}."
+    ) from error
+
+  def chosen(format: Any) -> Callable[[str, Any], Any]:
+    def choose(path: str, leaf: Any) -> Any:
+      if found.search(path):
+        return None
+      if isinstance(format, formats.Format) or format is None:
+        return format
+      return format(path, leaf)
+
+    return choose
+
+  if isinstance(rule, Mapping):
+    return {field: chosen(format) for field, format in rule.items()}
+  return chosen(rule)
