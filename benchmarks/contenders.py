@@ -12,6 +12,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import optax
+from optax import contrib
 
 import optax_mp
 
@@ -47,9 +48,11 @@ class Family:
 # 2e-3 it gets further in as many steps, but small differences grow there: the
 # standard errors of gaps are several times as large.
 FAMILIES = {
-  'adamw': Family(1e-3, {'b2': 0.99, 'weight_decay': 0.1}),
+  'adamw': Family(1e-3, {'b2': 0.999, 'weight_decay': 0.1}),
   'sgd': Family(0.1, {'momentum': 0.9}),
   'lion': Family(2e-4, {'b1': 0.95, 'b2': 0.98, 'weight_decay': 0.5}),
+  'muon': Family(5e-3, {}),
+  'ademamix': Family(1e-3, {'alpha': 2.0, 'weight_decay': 0.1}),
 }
 
 
@@ -57,23 +60,41 @@ def _bits(recipe: Callable[..., Any], bits: int) -> Callable[..., Any]:
   return functools.partial(recipe, residual_bits=bits)
 
 
+def _ours(recipe: Callable[..., Any], family: str) -> Contender:
+  return Contender(recipe, family, jnp.bfloat16)
+
+
+PUBLISHED: dict[str, Contender] = {}
+
 # What times, speeds and bytes are a ratio to, or stand beside.
 REFERENCE = 'optax.adamw, float32'
 
 CONTENDERS = {
   REFERENCE: Contender(optax.adamw, 'adamw', jnp.float32),
   'optax.adamw, bfloat16': Contender(optax.adamw, 'adamw', jnp.bfloat16),
-  'adamw_bf16': Contender(optax_mp.adamw_bf16, 'adamw', jnp.bfloat16),
-  'adamw_bf16, 8': Contender(
-    _bits(optax_mp.adamw_bf16, 8), 'adamw', jnp.bfloat16
-  ),
-  'adamw_bf16, 0': Contender(
-    _bits(optax_mp.adamw_bf16, 0), 'adamw', jnp.bfloat16
-  ),
+  'adamw_bf16': _ours(optax_mp.adamw_bf16, 'adamw'),
+  'adamw_bf16, 8': _ours(_bits(optax_mp.adamw_bf16, 8), 'adamw'),
+  'adamw_bf16, 0': _ours(_bits(optax_mp.adamw_bf16, 0), 'adamw'),
+  'adamw_8bit': _ours(optax_mp.adamw_8bit, 'adamw'),
+  'adamw_4bit': _ours(optax_mp.adamw_4bit, 'adamw'),
+  'adamw_4bit_factored': _ours(optax_mp.adamw_4bit_factored, 'adamw'),
+  'coat_adamw': _ours(optax_mp.coat_adamw, 'adamw'),
+  'flash_adamw': _ours(optax_mp.flash_adamw, 'adamw'),
   'optax.sgd, float32': Contender(
     functools.partial(optax.sgd, momentum=0.9), 'sgd', jnp.float32
   ),
-  'sgdm_bf16': Contender(optax_mp.sgdm_bf16, 'sgd', jnp.bfloat16),
+  'sgdm_bf16': _ours(optax_mp.sgdm_bf16, 'sgd'),
+  'sgdm_8bit': _ours(optax_mp.sgdm_8bit, 'sgd'),
   'optax.lion, float32': Contender(optax.lion, 'lion', jnp.float32),
-  'lion_bf16': Contender(optax_mp.lion_bf16, 'lion', jnp.bfloat16),
+  'lion_bf16': _ours(optax_mp.lion_bf16, 'lion'),
+  'lion_8bit': _ours(optax_mp.lion_8bit, 'lion'),
+  'optax.contrib.muon, float32': Contender(contrib.muon, 'muon', jnp.float32),
+  'muon_8bit': _ours(optax_mp.muon_8bit, 'muon'),
+  'optax.contrib.ademamix, float32': Contender(
+    contrib.ademamix, 'ademamix', jnp.float32
+  ),
+  'ademamix_8bit': _ours(optax_mp.ademamix_8bit, 'ademamix'),
 }
+
+# What `quality.py` trains: also what others publish.
+STUDIED = CONTENDERS | PUBLISHED

@@ -333,7 +333,7 @@ def compile_donated(fn, donated, *args) -> jax.stages.Compiled:
   """Compiles ahead; raises where a donated buffer is not reused."""
   compiled = jax.jit(fn, donate_argnums=donated).lower(*args).compile()
   leaves = jax.tree.leaves([args[i] for i in donated])
-  expected = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+  expected = sum(map(size_in_bytes, leaves))
   aliased = optax_mp.memory.report(compiled).alias_bytes
   if aliased != expected:
     # JAX itself is silent about this when compiling ahead.
@@ -341,6 +341,13 @@ def compile_donated(fn, donated, *args) -> jax.stages.Compiled:
       f'`{fn.__name__}` donates {expected} bytes but reuses {aliased}.'
     )
   return compiled
+
+
+def size_in_bytes(leaf: Any) -> int:
+  """Bytes of an array; its `nbytes` counts an int4 as a whole one."""
+  integer = jnp.issubdtype(leaf.dtype, jnp.integer)
+  kind = jnp.iinfo if integer else jnp.finfo
+  return -(-leaf.size * kind(leaf.dtype).bits // 8)
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 import inspect
 import numbers
 import re
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import optax
 
@@ -76,7 +76,7 @@ def sgd_with_momentum(
 
 
 def first_moment(
-  decay: Any, bits: int = 8, **settings: Any
+  decay: Any, bits: Literal[8, 4] = 8, **settings: Any
 ) -> formats.BlockInt:
   """The format of an average of gradients."""
   return formats.BlockInt(bits, rounding=rounding(decay), **settings)
@@ -88,7 +88,7 @@ def rounding(decay: Any) -> Any:
   return 'nearest' if known and decay < _FAST else 'stochastic'
 
 
-def second_moment(bits: int = 8, **settings: Any) -> formats.BlockInt:
+def second_moment(bits: Literal[8, 4] = 8, **settings: Any) -> formats.BlockInt:
   """The format of an average of squares."""
   return formats.BlockInt(bits, signed=False, rounding='stochastic', **settings)
 

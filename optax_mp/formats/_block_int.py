@@ -200,7 +200,7 @@ def fit(grid: _grids.Grid, groups: Any, x: chex.Array) -> Any:
   if isinstance(groups, _blocks.Rank1):
     axes = range(x.ndim)
     return tuple(grid.fit(x, groups.others(axis)) for axis in axes)
-  return groups.kept(grid.fit(groups.split(x), groups.axes))
+  return groups.kept(grid.fit(groups.split(x), groups.axes), x)
 
 
 def check_block_size(block_size: Any) -> None:

@@ -9,10 +9,11 @@ array that the view does not fit has a scale a row.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 _SUBLANES = 8  # rows of a tile
 # A scale for fewer values than this weighs more than it helps.
@@ -29,11 +30,11 @@ class Blocks(NamedTuple):
 
   def split(self, x: jax.Array) -> jax.Array:
     """The array, seen so that ``axes`` are the groups."""
-    return jnp.reshape(x, self.view)
+    return _reshape(x, self.view, self._cut_spec(x))
 
-  def kept(self, reduced: jax.Array) -> jax.Array:
-    """What a reduction over ``axes`` left, in the shape that is stored."""
-    return jnp.reshape(reduced, self.scales)
+  def kept(self, reduced: jax.Array, x: jax.Array) -> jax.Array:
+    """What a reduction of the view of x left, in the shape that is stored."""
+    return _reshape(reduced, self.scales, _spec(x)[: len(self.scales)])
 
   def expand(self, scales: jax.Array) -> jax.Array:
     """What is stored for a group, for each of its values.
@@ -41,10 +42,40 @@ class Blocks(NamedTuple):
     All arithmetic is then done in the array's own shape: XLA:GPU computes
     arrays of different shapes in different kernels.
     """
+    if self.view == self.shape:
+      scales = jnp.expand_dims(scales, self.axes)
+      return jnp.broadcast_to(scales, self.shape)
     axes = {axis % len(self.view) for axis in self.axes}
     ones = tuple(1 if i in axes else n for i, n in enumerate(self.view))
-    view = jnp.broadcast_to(jnp.reshape(scales, ones), self.view)
-    return jnp.reshape(view, self.shape)
+    scales_spec = self._cut_spec(scales)
+    view = jnp.broadcast_to(_reshape(scales, ones, scales_spec), self.view)
+    return _reshape(view, self.shape, _spec(scales))
+
+  def _cut_spec(self, x: jax.Array) -> list[Any]:
+    """How the view is sharded, if ``x`` (or its scales) is: at whole blocks."""
+    spec = _spec(x)
+    if self.view == self.shape:
+      return spec
+    *leading, last = spec
+    if not leading:
+      return [last, None]
+    *leading, rows = leading
+    return [*leading, rows, None, last, None]
+
+
+def _spec(x: jax.Array) -> list[Any]:
+  """The axes of an explicit mesh along which x is known to be sharded."""
+  spec = jax.typeof(x).sharding.spec
+  return [*spec, *[None] * (x.ndim - len(spec))]
+
+
+def _reshape(
+  x: jax.Array, shape: tuple[int, ...], spec: list[Any]
+) -> jax.Array:
+  """A reshape; with a word on how it is sharded where JAX asks for one."""
+  if not any(spec):
+    return jnp.reshape(x, shape)
+  return jnp.reshape(x, shape, out_sharding=PartitionSpec(*spec))
 
 
 def cut(shape: tuple[int, ...], block_size: int) -> Blocks:
@@ -95,10 +126,7 @@ class Rank1(NamedTuple):
     """The scale of each value."""
     wide = jnp.full(self.shape, jnp.inf, jnp.float32)
     for axis, scale in enumerate(scales):
-      ones = [1] * len(self.shape)
-      ones[axis] = -1
-      along = jnp.broadcast_to(jnp.reshape(scale, ones), self.shape)
-      wide = jnp.minimum(wide, along)
+      wide = jnp.minimum(wide, jnp.expand_dims(scale, self.others(axis)))
     return wide
 
   def others(self, axis: int) -> tuple[int, ...]:

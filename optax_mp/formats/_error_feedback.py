@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_mp.formats import _base
+from optax_mp.formats import _fitted
 
 
 @_base.Stored.register
@@ -72,7 +73,7 @@ class ErrorFeedback:
 
   def fit(self, x: chex.Array) -> Any:
     """The scales of the value; None if its format has none."""
-    return _base.fit(self.format, x)
+    return _fitted.fit(self.format, x)
 
   def encode(
     self, x: chex.Array, key: chex.PRNGKey | None = None, scales: Any = None
@@ -80,7 +81,7 @@ class ErrorFeedback:
     """Stores ``x`` and what ``format`` loses of it."""
     keys = (None, None) if key is None else jax.random.split(key)
     x = jnp.asarray(x, jnp.float32)
-    value = _base.encode(self.format, x, keys[0], scales)
+    value = _fitted.encode(self.format, x, keys[0], scales)
     seen = self.format.decode(value, jax.ShapeDtypeStruct(x.shape, x.dtype))
     # inf - inf would turn an infinity into a NaN.
     error = jnp.where(jnp.isfinite(seen), x - seen, 0.0)
@@ -101,7 +102,7 @@ class ErrorFeedback:
 
   def note(self, shape: tuple[int, ...]) -> str:
     """What is special about an array of this shape; shown by the plan."""
-    return _base.note(self.format, shape)
+    return _fitted.note(self.format, shape)
 
   @property
   def _relative(self) -> bool:

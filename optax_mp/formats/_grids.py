@@ -20,23 +20,23 @@ class Grid(Protocol):
     """The largest code."""
     ...
 
-  def fit(self, x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+  def fit(self, x: jax.Array, axes: tuple[int, ...], /) -> jax.Array:
     """What each block needs to know, without the axes."""
     ...
 
-  def relative(self, x: jax.Array, scale: jax.Array) -> jax.Array:
+  def relative(self, x: jax.Array, scale: jax.Array, /) -> jax.Array:
     """The magnitude of x in the block's units."""
     ...
 
-  def below(self, x: jax.Array, scale: jax.Array) -> jax.Array:
+  def below(self, x: jax.Array, scale: jax.Array, /) -> jax.Array:
     """The largest code whose value is at most the relative x."""
     ...
 
-  def value(self, code: jax.Array, scale: jax.Array) -> jax.Array:
+  def value(self, code: jax.Array, scale: jax.Array, /) -> jax.Array:
     """The relative value of a code, from 0 to ``top + 1``."""
     ...
 
-  def absolute(self, value: jax.Array, scale: jax.Array) -> jax.Array:
+  def absolute(self, value: jax.Array, scale: jax.Array, /) -> jax.Array:
     """The inverse of ``relative``."""
     ...
 

@@ -1,20 +1,51 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rules: which leaf of a state is kept in which format."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+import contextlib
+import contextvars
 import math
-from typing import Any, TypeAlias, TypeGuard
+from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
 import jax
 import jax.numpy as jnp
 
 from optax_mp.formats import _base
+from optax_mp.formats import _fitted
 from optax_mp.formats import _paths
 
 _ByPath: TypeAlias = Callable[[str, Any], _base.Format | None]
 Rule: TypeAlias = (
   _base.Format | Mapping[str, _base.Format | _ByPath | None] | _ByPath
 )
+
+
+class Choice(NamedTuple):
+  """What a rule decided for one floating-point leaf."""
+
+  path: str  # as rules see it
+  shape: tuple[int, ...]
+  format: _base.Format | None
+  note: str  # why it is not stored as one might expect, or empty
+
+
+_recorded: contextvars.ContextVar[list[Choice] | None] = contextvars.ContextVar(
+  'choices', default=None
+)
+
+
+@contextlib.contextmanager
+def choices() -> Iterator[list[Choice]]:
+  """Collects what rules decide while ``tx.init`` is traced.
+
+  A state has no room for it: it consists of arrays.
+  """
+  found: list[Choice] = []
+  token = _recorded.set(found)
+  try:
+    yield found
+  finally:
+    _recorded.reset(token)
 
 
 def leaf_formats(
@@ -36,14 +67,26 @@ def leaf_formats(
   """
   check_rule(rule)
   variables = _paths.are_variables(params)
+  found = _recorded.get()
   chosen = []
   for path, leaf, fields in _leaves(tree, params):
     format = None
+    name = _paths.path_str(path, variables)
     if is_float(leaf, min_size):
-      name = _paths.path_str(path, variables)
       format = _choose(rule, name, leaf, fields)
+    if is_float(leaf) and found is not None:
+      note = _note(format, leaf, min_size)
+      found.append(Choice(name, leaf.shape, format, note))
     chosen.append(format)
   return chosen
+
+
+def _note(format: _base.Format | None, leaf: Any, min_size: int) -> str:
+  if format is not None:
+    return _fitted.note(format, leaf.shape)
+  if is_float(leaf, min_size):
+    return 'as the rule says'
+  return f'fewer than min_size={min_size} values'
 
 
 def check_fields(

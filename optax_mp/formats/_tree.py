@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_mp.formats import _base
+from optax_mp.formats import _fitted
 from optax_mp.formats import _paths
 from optax_mp.formats import _rule
 
@@ -138,13 +139,13 @@ def encode(
   format: _base.Format, x: Any, key: Any = None, scales: Any = None
 ) -> Any:
   """``format.encode(x, key, scales)``."""
-  return _base.encode(format, x, key, scales)
+  return _fitted.encode(format, x, key, scales)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def fit(format: _base.Format, x: Any) -> Any:
   """``format.fit(x)``."""
-  return _base.fit(format, x)
+  return _fitted.fit(format, x)
 
 
 def decode(format: _base.Format, stored: Any, like: Any) -> Any:

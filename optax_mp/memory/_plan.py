@@ -3,7 +3,8 @@
 
 import collections
 import dataclasses
-from typing import Any
+import math
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,11 @@ import optax
 from optax_mp import formats
 from optax_mp.formats import _base
 from optax_mp.formats import _paths
+from optax_mp.formats import _rule
 from optax_mp.memory import _table
+
+# The field, what is stored, and what a rule decided if one did.
+_Found: TypeAlias = tuple[str, Any, _rule.Choice | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +29,7 @@ class Row:
   values: int  # numbers stored, of the array that the format stands for
   bits: int  # in total, scales and residuals included
   bytes_per_param: float
+  note: str = ''  # why leaves are kept so, where that is not plain
 
   @property
   def bits_per_value(self) -> float:
@@ -37,11 +43,23 @@ class Row:
 
 
 @dataclasses.dataclass(frozen=True)
+class Leaf:
+  """One floating-point array of a state that a rule decided on."""
+
+  path: str  # in the state of its wrapper, as the rule sees it
+  shape: tuple[int, ...]
+  format: str  # 'BlockInt(bits=8, ...)', or 'float32' where it has none
+  bits_per_value: float
+  note: str  # 'one scale a row: ...', 'fewer than min_size=4096 values'
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
   """The bytes of parameters, state and gradients; prints as a table."""
 
   rows: tuple[Row, ...]
   num_params: int
+  leaves: tuple[Leaf, ...] = ()
 
   @property
   def total_bytes(self) -> int:
@@ -60,7 +78,20 @@ class Plan:
       for r in self.rows
     ]
     cells.append(('total', '', '', self.total_bytes, self.bytes_per_param))
+    if any(row.note for row in self.rows):
+      header += ('note',)
+      notes = [row.note for row in self.rows] + ['']
+      cells = [(*cell, note) for cell, note in zip(cells, notes, strict=True)]
     return _table.table(header, cells)
+
+  def by_leaf(self) -> str:
+    """A table of ``leaves``: what each is kept in, and why."""
+    header = ('path', 'shape', 'bits/value', 'format', 'note')
+    cells = [
+      (x.path, str(x.shape), x.bits_per_value, x.format, x.note)
+      for x in self.leaves
+    ]
+    return _table.table(header, cells) if cells else ''
 
 
 def plan(
@@ -81,7 +112,8 @@ def plan(
       their parameter's; or None where no gradient is ever whole.
 
   Returns:
-    A :class:`Plan`: ``rows``, ``total_bytes``, ``bytes_per_param``.
+    A :class:`Plan`: ``rows``, ``total_bytes``, ``bytes_per_param``; ``leaves``
+    and ``by_leaf()`` say what rules decided for each array of the state.
 
   Examples:
     >>> import jax, jax.numpy as jnp, optax_mp
@@ -97,35 +129,76 @@ def plan(
     gradients  bfloat16               16.00  139586437120         2.00
     total                                    837518622740        12.00
   """
-  leaves = jax.tree.leaves(params)
+  params_leaves = jax.tree.leaves(params)
   paths = _paths.param_paths(params)
-  state = jax.eval_shape(tx.init, params)
-  found = [('params', leaf) for leaf in leaves]
+  with _rule.choices() as choices:
+    state = jax.eval_shape(tx.init, params)
   stored = jax.tree_util.tree_leaves_with_path(state, is_leaf=formats.is_stored)
   parts = _paths.split_paths([path for path, _ in stored], paths)
-  found += [(_field(parts[path][0]), leaf) for path, leaf in stored]
+  decided = _decided(choices, [path for path, _ in stored], paths)
+  found: list[_Found] = [('params', leaf, None) for leaf in params_leaves]
+  found += [
+    (_field(parts[path][0]), leaf, choice)
+    for (path, leaf), choice in zip(stored, decided, strict=True)
+  ]
   if gradients is not None:
     found += [
-      ('gradients', jax.ShapeDtypeStruct(leaf.shape, dtype))
-      for leaf, dtype in _gradient_dtypes(leaves, gradients)
+      ('gradients', jax.ShapeDtypeStruct(leaf.shape, dtype), None)
+      for leaf, dtype in _gradient_dtypes(params_leaves, gradients)
     ]
-  num_params = sum(leaf.size for leaf in leaves)
-  return Plan(_rows(found, num_params), num_params)
+  num_params = sum(leaf.size for leaf in params_leaves)
+  leaves = tuple(
+    _leaf(choice, leaf)
+    for (_, leaf), choice in zip(stored, decided, strict=True)
+    if choice
+  )
+  return Plan(_rows(found, num_params), num_params, leaves)
 
 
-def _rows(found: list[tuple[str, Any]], num_params: int) -> tuple[Row, ...]:
+def _decided(
+  choices: list[_rule.Choice], paths: list[Any], params: Any
+) -> list[_rule.Choice | None]:
+  """What was decided for each leaf of a state, by the end of its path."""
+  by_path = {choice.path: choice for choice in choices}
+  variables = _paths.are_variables(params)
+  decided = []
+  for path in paths:
+    ends = (_paths.path_str(path[i:], variables) for i in range(len(path)))
+    decided.append(next((by_path[x] for x in ends if x in by_path), None))
+  return decided
+
+
+def _leaf(choice: _rule.Choice, stored: Any) -> Leaf:
+  size = _values(stored, choice)
+  bits_per_value = _bits(stored) / size if size else 0.0
+  format = 'float32' if choice.format is None else repr(choice.format)
+  return Leaf(choice.path, choice.shape, format, bits_per_value, choice.note)
+
+
+def _rows(found: list[_Found], num_params: int) -> tuple[Row, ...]:
   """Adds up the leaves that share field and format, in order of appearance."""
   groups = collections.defaultdict(list)
-  for field, leaf in found:
-    groups[field, _format(leaf)].append(leaf)
+  for field, leaf, choice in found:
+    note = choice.note if choice else ''
+    groups[field, _format(leaf), note].append((leaf, choice))
   rows = []
-  for (field, format), leaves in groups.items():
-    arrays = [jax.tree.leaves(leaf) for leaf in leaves]
-    bits = sum(_base.array_bits(x) for group in arrays for x in group)
-    values = sum(max(x.size for x in group) for group in arrays)
+  for (field, format, note), leaves in groups.items():
+    bits = sum(_bits(leaf) for leaf, _ in leaves)
+    values = sum(_values(leaf, choice) for leaf, choice in leaves)
     per_param = bits / 8 / num_params if num_params else 0.0
-    rows.append(Row(field, format, values, bits, per_param))
+    rows.append(Row(field, format, values, bits, per_param, note))
   return tuple(rows)
+
+
+def _bits(stored: Any) -> int:
+  return sum(map(_base.array_bits, jax.tree.leaves(stored)))
+
+
+def _values(stored: Any, choice: _rule.Choice | None) -> int:
+  """Numbers of the array that a stored leaf stands for."""
+  if choice is not None:
+    return math.prod(choice.shape)
+  return max((x.size for x in jax.tree.leaves(stored)), default=0)
 
 
 def _gradient_dtypes(leaves: list[Any], dtype: Any) -> list[tuple[Any, Any]]:

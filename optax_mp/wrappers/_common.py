@@ -72,9 +72,7 @@ def laid_out(build: Callable[[Any], Any]) -> Callable[[Any], Any]:
   """Compiles ``build(params)``, each part sharded like its parameter.
 
   Compiled, because a state built operation by operation would exist in float32
-  before it is stored. But a compiled program is free to put zeros on one
-  device, so every array shaped like the parameter at the same path is told to
-  be laid out like that.
+  before it is stored.
 
   Args:
     build: makes a state from a pytree of arrays, the parameters.
@@ -84,27 +82,35 @@ def laid_out(build: Callable[[Any], Any]) -> Callable[[Any], Any]:
   """
 
   def build_laid_out(params):
-    leaves = dict(jax.tree_util.tree_leaves_with_path(params))
-    state = build(params)
-    paths = [
-      path
-      for path, _ in jax.tree_util.tree_leaves_with_path(
-        state, is_leaf=formats.is_stored
-      )
-    ]
-    parts = _paths.split_paths(paths, leaves)
-
-    def like_param(path, stored):
-      param = leaves.get(parts[path][1])
-      if param is None:
-        return stored
-      return jax.tree.map(functools.partial(_lay_out, param=param), stored)
-
-    return jax.tree_util.tree_map_with_path(
-      like_param, state, is_leaf=formats.is_stored
-    )
+    return lay_out(build(params), params)
 
   return jax.jit(build_laid_out)
+
+
+def lay_out(state: Any, params: Any) -> Any:
+  """The state, its arrays sharded like the parameters that they belong to.
+
+  A compiled program is free to put zeros on one device, so every array shaped
+  like the parameter at the same path is told to be laid out like that.
+  """
+  leaves = dict(jax.tree_util.tree_leaves_with_path(params))
+  paths = [
+    path
+    for path, _ in jax.tree_util.tree_leaves_with_path(
+      state, is_leaf=formats.is_stored
+    )
+  ]
+  parts = _paths.split_paths(paths, leaves)
+
+  def like_param(path, stored):
+    param = leaves.get(parts[path][1])
+    if param is None:
+      return stored
+    return jax.tree.map(functools.partial(_lay_out, param=param), stored)
+
+  return jax.tree_util.tree_map_with_path(
+    like_param, state, is_leaf=formats.is_stored
+  )
 
 
 def _lay_out(x: chex.Array, param: chex.Array) -> chex.Array:

@@ -11,6 +11,7 @@ import optax
 
 from optax_mp import formats
 from optax_mp.formats import _base
+from optax_mp.formats import _fitted
 from optax_mp.formats import _paths
 from optax_mp.formats import _rule
 from optax_mp.formats import _tree
@@ -105,6 +106,8 @@ def keep_compressed(
   @_common.laid_out
   def build(params):
     state = inner.init(_common.to_float32(params))
+    # Before as well: then scales and factors, which have other shapes, follow.
+    state = _common.lay_out(state, params)
     now = _common.next_key(_common.new_key(seed))[1]
     return _tree.encode_leaves(state, choose(state, params), now)
 
@@ -138,7 +141,7 @@ def keep_compressed(
       )
 
     scales = None
-    if any(_base.is_fitted(format) for format in chosen):
+    if any(_fitted.is_fitted(format) for format in chosen):
       _, ahead = advance(_recomputed(state.inner_state, like))
       scales = _tree.fit_leaves(ahead, chosen)
     new_updates, inner_state = advance(state.inner_state)
