@@ -8,6 +8,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from optax_mp.formats import _blocks
 from optax_mp.formats import _rounding
 
 # Exponents of the expansion are multiples of 1/16, in 8 bits.
@@ -77,8 +78,8 @@ class Expanded:
   def fit(self, x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     """M and k of each block, uint32, without the axes."""
     size = jnp.abs(x)
-    high = jnp.max(size, axes, initial=0.0)
-    low = jnp.min(jnp.where(size == 0, jnp.inf, size), axes, initial=jnp.inf)
+    high = _blocks.largest(size, axes)
+    low = _blocks.smallest(jnp.where(size == 0, jnp.inf, size), axes)
     k = jnp.where(high > 0, self._exponent(low, high), _SMALLEST)
     # Rounded up, so that x / M is at most 1, but not to infinity.
     rounded = (_rounding.to_bits(high) + 0xFFFF) >> 16

@@ -22,6 +22,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from optax_mp.formats import _blocks
 from optax_mp.formats import _rounding
 
 _NORMAL = 0x00800000  # the word of the smallest normal number
@@ -43,8 +44,8 @@ class Log:
     One selection and two reductions: XLA:GPU recomputes little for the second
     of two kernels, and keeps the rest as temporaries.
     """
-    high = jnp.max(x, axes, initial=0.0)
-    low = jnp.min(jnp.where(x == 0, jnp.inf, x), axes, initial=jnp.inf)
+    high = _blocks.largest(x, axes)
+    low = _blocks.smallest(jnp.where(x == 0, jnp.inf, x), axes)
     finite = (high < jnp.inf) & (low >= 0)  # False with a NaN
     return jnp.where(finite, self._between(low, high), _not_finite())
 

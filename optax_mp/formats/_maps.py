@@ -12,6 +12,8 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 
+from optax_mp.formats import _blocks
+
 
 class Map(Protocol):
   """An increasing sequence of values in [0, 1]."""
@@ -102,7 +104,7 @@ class Scaled:
     are no signs.
     """
     size = jnp.abs(x) if self.signed else jnp.where(x < 0, jnp.nan, x)
-    scale = jnp.max(size, axes, initial=0.0)
+    scale = _blocks.largest(size, axes)
     return jnp.where(scale < jnp.inf, scale, jnp.nan)
 
   def relative(self, x: jax.Array, scale: jax.Array) -> jax.Array:

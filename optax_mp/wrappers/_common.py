@@ -7,6 +7,7 @@ from typing import Any
 
 import chex
 import jax
+from jax import lax
 from jax.experimental import shard_alike
 import jax.numpy as jnp
 import optax
@@ -111,6 +112,21 @@ def lay_out(state: Any, params: Any) -> Any:
   return jax.tree_util.tree_map_with_path(
     like_param, state, is_leaf=formats.is_stored
   )
+
+
+def not_constant(state: Any) -> Any:
+  """The state, plus a zero that XLA does not know to be one.
+
+  Else it finds the scales of a state full of zeros when it compiles, number by
+  number: a minute for a large matrix.
+  """
+  zero = lax.optimization_barrier(jnp.zeros((), jnp.float32))
+
+  def add(x):
+    is_float = jnp.issubdtype(x.dtype, jnp.floating)
+    return x + zero.astype(x.dtype) if is_float else x
+
+  return jax.tree.map(add, state)
 
 
 def _lay_out(x: chex.Array, param: chex.Array) -> chex.Array:

@@ -108,6 +108,7 @@ def keep_compressed(
     state = inner.init(_common.to_float32(params))
     # Before as well: then scales and factors, which have other shapes, follow.
     state = _common.lay_out(state, params)
+    state = _common.not_constant(state)
     now = _common.next_key(_common.new_key(seed))[1]
     return _tree.encode_leaves(state, choose(state, params), now)
 
@@ -159,16 +160,22 @@ def _recomputed(stored: Any, like: Any) -> Any:
 
   Else XLA:GPU would compute new moments once, for both the scales and the
   codes, and keep them in between. Of what is stored only the arrays of a leaf's
-  shape are told apart: that is enough, and scales have copies on a TPU.
+  shape are told apart: that is enough, and scales have copies on a TPU. XLA:CPU
+  computes them for each of its results anyway.
   """
 
   def told_apart(leaf, parts):
     return jax.tree.map(
-      lambda x: lax.optimization_barrier(x) if x.shape == leaf.shape else x,
-      parts,
+      lambda x: _barrier(x) if x.shape == leaf.shape else x, parts
     )
 
   return jax.tree.map(told_apart, like, stored)
+
+
+def _barrier(x: Any) -> Any:
+  return lax.platform_dependent(
+    x, cpu=lambda x: x, default=lax.optimization_barrier
+  )
 
 
 def _template(inner: optax.GradientTransformation, tree: Any) -> Any:
