@@ -41,14 +41,15 @@ class BlockInt:
     \qquad \mathrm{decode} = \mathrm{sign}\; v(n)\, s,
 
   or, rounded stochastically, one of the two codes around x, with probabilities
-  that make the mean of what is decoded x.
+  that make the mean of what is decoded x ('log': of its logarithm, taken
+  linear between powers of two).
 
   =========== ======================================== ====================
   map         v(n), N the largest code                 of
   =========== ======================================== ====================
   'sqrt'      (n / N)^2                                first moments
   'log'       equal ratios between the smallest and    second moments
-              the largest of the block; n = 0 is 0
+              the largest of the block; 0 is n = 0
   'dynamic'   decades, linear within each              8-bit optimizers
   'softsign'  z / (2 - z), z = n / N                   FlashOptim's momenta
   'linear'    n / N; 4 bits unsigned: (n + 1) / 16     4-bit optimizers' nu
@@ -138,7 +139,7 @@ class BlockInt:
       noise = _base.check_key(key, self)
     x = jnp.asarray(x, jnp.float32)
     scales = self.fit(x) if scales is None else scales
-    wide = self._groups(x.shape).expand(scales)
+    wide = expand(self._groups(x.shape), scales)
     grid = self._grid()
     has_zero = not isinstance(_map_of(grid), _maps.LinearNoZero)
     keep = self.keep_nonzero and not self.signed and has_zero
@@ -147,7 +148,7 @@ class BlockInt:
 
   def decode(self, stored: Block, like: jax.ShapeDtypeStruct) -> chex.Array:
     """Gives the codes' values, in the dtype of ``like``."""
-    wide = self._groups(like.shape).expand(stored.scales)
+    wide = expand(self._groups(like.shape), stored.scales)
     code = jnp.asarray(stored.codes, jnp.int32) - self._offset()
     value = _grids.value_of(self._grid(), jnp.abs(code), wide)
     return jnp.where(code < 0, -value, value).astype(like.dtype)
@@ -200,7 +201,15 @@ def fit(grid: _grids.Grid, groups: Any, x: chex.Array) -> Any:
   if isinstance(groups, _blocks.Rank1):
     axes = range(x.ndim)
     return tuple(grid.fit(x, groups.others(axis)) for axis in axes)
-  return groups.kept(grid.fit(groups.split(x), groups.axes), x)
+  fitted = grid.fit(groups.split(x), groups.axes)
+  return jax.tree.map(lambda reduced: groups.kept(reduced, x), fitted)
+
+
+def expand(groups: Any, scales: Any) -> Any:
+  """What groups of values share, for each value."""
+  if isinstance(groups, _blocks.Rank1):
+    return groups.expand(scales)
+  return jax.tree.map(groups.expand, scales)
 
 
 def check_block_size(block_size: Any) -> None:

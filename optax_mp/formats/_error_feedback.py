@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from optax_mp.formats import _base
 from optax_mp.formats import _fitted
+from optax_mp.formats import _paths
 
 
 @_base.Stored.register
@@ -79,15 +80,15 @@ class ErrorFeedback:
     self, x: chex.Array, key: chex.PRNGKey | None = None, scales: Any = None
   ) -> Feedback:
     """Stores ``x`` and what ``format`` loses of it."""
-    keys = (None, None) if key is None else jax.random.split(key)
+    own_key = None if key is None else _paths.leaf_key(key, (), 'residual')
     x = jnp.asarray(x, jnp.float32)
-    value = _fitted.encode(self.format, x, keys[0], scales)
+    value = _fitted.encode(self.format, x, key, scales)
     seen = self.format.decode(value, jax.ShapeDtypeStruct(x.shape, x.dtype))
     # inf - inf would turn an infinity into a NaN.
     error = jnp.where(jnp.isfinite(seen), x - seen, 0.0)
     if self._relative:
       error = jnp.where(seen == 0, 0.0, error / seen)
-    return Feedback(value, self.residual.encode(error, keys[1]))
+    return Feedback(value, self.residual.encode(error, own_key))
 
   def decode(self, stored: Feedback, like: jax.ShapeDtypeStruct) -> chex.Array:
     """Adds the residual to the value, in float32."""

@@ -90,7 +90,8 @@ def leaf_key(key: chex.PRNGKey, path: Path, whose: str = '') -> chex.PRNGKey:
 
   By path and not by number, so that a leaf's noise does not depend on what else
   is in the tree, and leaves of different wrappers and groups differ. Costs no
-  arithmetic: the hash is a constant of the program.
+  arithmetic: the hash is a constant of the program. The last word stays: it
+  counts the steps, and noise is even over them only if it does.
   """
   if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
     words = leaf_key(jax.random.key_data(key), path, whose)
@@ -99,8 +100,9 @@ def leaf_key(key: chex.PRNGKey, path: Path, whose: str = '') -> chex.PRNGKey:
     path = path[:-1]  # the same noise inside a Variable and outside
   # The whole keys: joined by slashes, two paths may read the same.
   name = (whose + jax.tree_util.keystr(path)).encode()
-  digest = hashlib.blake2b(name, digest_size=4 * key.shape[-1])
-  return key ^ np.frombuffer(digest.digest(), np.dtype('<u4')).astype(np.uint32)
+  digest = hashlib.blake2b(name, digest_size=4 * (key.shape[-1] - 1))
+  words = np.frombuffer(digest.digest(), np.dtype('<u4')).astype(np.uint32)
+  return key ^ np.append(words, np.uint32(0))
 
 
 def flatten_like(

@@ -31,8 +31,12 @@ def widen(x: Any) -> Any:
 
 
 def new_key(seed: int) -> chex.PRNGKey:
-  """Raw key data of ``seed``: Flax cannot serialize a typed key."""
-  return jax.random.key_data(jax.random.key(seed, impl='threefry2x32'))
+  """Raw key data of ``seed``: Flax cannot serialize a typed key.
+
+  Two words, the seed and the number of the step, from which noise is drawn by
+  ``formats._rounding.random_bits``.
+  """
+  return jnp.array([seed, 0], jnp.uint32)
 
 
 def checked(
@@ -64,9 +68,8 @@ def check_state(state: Any, expected: type[Any]) -> None:
 
 def next_key(rng_key: chex.PRNGKey) -> tuple[chex.PRNGKey, chex.PRNGKey]:
   """Raw key data -> (raw key data of the next step, a typed key for this)."""
-  key = jax.random.wrap_key_data(rng_key, impl='threefry2x32')
-  following, now = jax.random.split(key)
-  return jax.random.key_data(following), now
+  now = jax.random.wrap_key_data(rng_key, impl='threefry2x32')
+  return rng_key + jnp.array([0, 1], jnp.uint32), now
 
 
 def laid_out(build: Callable[[Any], Any]) -> Callable[[Any], Any]:
