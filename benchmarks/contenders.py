@@ -15,6 +15,7 @@ import optax
 from optax import contrib
 
 import optax_mp
+import published
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +65,6 @@ def _ours(recipe: Callable[..., Any], family: str) -> Contender:
   return Contender(recipe, family, jnp.bfloat16)
 
 
-PUBLISHED: dict[str, Contender] = {}
-
 # What times, speeds and bytes are a ratio to, or stand beside.
 REFERENCE = 'optax.adamw, float32'
 
@@ -96,5 +95,15 @@ CONTENDERS = {
   'ademamix_8bit': _ours(optax_mp.ademamix_8bit, 'ademamix'),
 }
 
-# What `quality.py` trains: also what others publish.
-STUDIED = CONTENDERS | PUBLISHED
+
+def _published(pair: published.Pair, *args: Any, **kwargs: Any):
+  """AdamW with moments as others ship them, parameters as in our recipes."""
+  inner = optax_mp.compressed(optax.adamw(*args, **kwargs), pair)
+  return optax_mp.compensated(inner, 8)
+
+
+# What `quality.py` trains: also the formats that others publish.
+STUDIED = CONTENDERS | {
+  f'{name} (published)': _ours(functools.partial(_published, pair), 'adamw')
+  for name, pair in published.PUBLISHED.items()
+}

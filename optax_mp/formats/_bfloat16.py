@@ -36,7 +36,7 @@ class BFloat16(_base.Alone):
   Examples:
     >>> import jax, jax.numpy as jnp
     >>> from optax_mp import formats
-    >>> x = jnp.full(1000, 1.001)
+    >>> x = jnp.full(10_000, 1.001)
     >>> float(formats.BFloat16().encode(x).mean(dtype=jnp.float32))
     1.0
     >>> noisy = formats.BFloat16('stochastic').encode(x, jax.random.key(0))

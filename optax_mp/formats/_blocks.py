@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec
 _SUBLANES = 8  # rows of a tile
 # A scale for fewer values than this weighs more than it helps.
 _SHORT = 16
+_INFINITY = 0x7F800000  # the word of infinity
 
 
 class Blocks(NamedTuple):
@@ -117,14 +118,28 @@ def why_rows(shape: tuple[int, ...], block_size: int) -> str:
 
 
 def largest(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-  """The maximum over axes, 0 where there is nothing."""
-  return _reduce(jnp.maximum, functools.partial(jnp.max, initial=0.0), x, axes)
+  """The largest magnitude over axes, 0 where there is nothing.
+
+  Compared as words, where a NaN is larger than infinity: XLA:CPU's maximum of
+  floats may pass over it.
+  """
+  words = lax.bitcast_convert_type(x, jnp.int32) & 0x7FFFFFFF
+  reduce = functools.partial(jnp.max, initial=0)
+  return _as_float(_reduce(jnp.maximum, reduce, words, axes))
 
 
 def smallest(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-  """The minimum over axes, infinity where there is nothing."""
-  reduce = functools.partial(jnp.min, initial=jnp.inf)
-  return _reduce(jnp.minimum, reduce, x, axes)
+  """The smallest number over axes, infinity where there is nothing.
+
+  A negative one, though not the smallest, if there are any.
+  """
+  words = lax.bitcast_convert_type(x, jnp.int32)
+  reduce = functools.partial(jnp.min, initial=_INFINITY)
+  return _as_float(_reduce(jnp.minimum, reduce, words, axes))
+
+
+def _as_float(words: jax.Array) -> jax.Array:
+  return lax.bitcast_convert_type(words, jnp.float32)
 
 
 def _reduce(pairwise, reduce, x: jax.Array, axes: tuple[int, ...]) -> jax.Array:

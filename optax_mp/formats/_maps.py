@@ -103,7 +103,7 @@ class Scaled:
     NaN in a block with a NaN or an infinity, or a negative value where there
     are no signs.
     """
-    size = jnp.abs(x) if self.signed else jnp.where(x < 0, jnp.nan, x)
+    size = x if self.signed else jnp.where(x < 0, jnp.nan, x)
     scale = _blocks.largest(size, axes)
     return jnp.where(scale < jnp.inf, scale, jnp.nan)
 
