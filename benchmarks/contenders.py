@@ -103,7 +103,17 @@ def _published(pair: published.Pair, *args: Any, **kwargs: Any):
 
 
 # What `quality.py` trains: also the formats that others publish.
+_OTHERS = (
+  'bitsandbytes, 8 bits',
+  'FlashOptim, 8 bits',
+  'torchao, fp8',
+  'COAT, fp8',
+  'lpmm, 4 bits',
+  'torchao, 4 bits',
+)
 STUDIED = CONTENDERS | {
-  f'{name} (published)': _ours(functools.partial(_published, pair), 'adamw')
-  for name, pair in published.PUBLISHED.items()
+  f'{name} (published)': _ours(
+    functools.partial(_published, published.PUBLISHED[name]), 'adamw'
+  )
+  for name in _OTHERS
 }

@@ -42,7 +42,7 @@ sys.path.append(str(pathlib.Path(__file__).parents[1] / 'examples'))
 import train_gpt
 
 CONFIG = train_gpt.Config(
-  layers=2, batch=8, steps=1000, compute_dtype='float32'
+  layers=2, batch=4, steps=1000, compute_dtype='float32'
 )
 # Fields of the config that `FAMILIES` and the seeds decide instead.
 _NOT_USED = (

@@ -6,6 +6,7 @@ numbers are in `benchmarks/results/*.json`, which the benchmarks and `make demo`
 wrote; a test compares the pages with what this script makes.
 """
 
+import dataclasses
 import pathlib
 import re
 from typing import Any
@@ -13,20 +14,34 @@ from typing import Any
 from contenders import CONTENDERS
 from contenders import REFERENCE
 from optax_mp import formats
+from published import OURS
+from published import PUBLISHED
 import results
 
 ROOT = pathlib.Path(__file__).parents[1]
 
 FORMATS = [
-  (formats.Split(16), 'exact', 'no', 'a float32, cut in two'),
-  (formats.Split(8), '16 bits', 'no', 'the default of the recipes'),
+  (formats.Split(16), 'exact', 'a float32, cut in two'),
+  (formats.Split(8), '16 bits', 'moments of `adamw_bf16`'),
+  (formats.BFloat16('stochastic'), '8 bits, unbiased', 'the simplest small one'),
+  (formats.BlockInt(8), 'half a code', 'first moments, momenta'),
   (
-    formats.BFloat16('stochastic'),
-    '8 bits, unbiased',
-    'yes',
-    'the smallest',
+    formats.BlockInt(8, signed=False, rounding='stochastic'),
+    'ratios, unbiased',
+    'second moments',
   ),
-  (formats.BFloat16(), '8 bits', 'no', 'first moments only'),
+  (formats.Float8(), '4 bits and more', "COAT's, range expanded"),
+  (
+    formats.BlockInt(4, map='softsign', rounding='stochastic'),
+    'unbiased',
+    'first moments in half a byte',
+  ),
+  (
+    formats.BlockInt(4, signed=False, rounding='stochastic'),
+    'ratios, unbiased',
+    'second moments in half a byte',
+  ),
+  (formats.Factored(), 'rows x columns', 'second moments of matrices'),
 ]
 # Models and targets of `benchmarks/peak.py`.
 PEAKS = [('124M', 'h100'), ('124M', 'tpu-v5e'), ('7B', 'h100')]
@@ -42,21 +57,21 @@ def headline() -> str:
   """One sentence with one number and its conditions."""
   counted = results.load('bytes')['counted']
   quality = results.load('quality')
-  sizes = [counted[name]['total'] for name in (DEMO['adamw_bf16'], REFERENCE)]
-  ours, plain = (
-    _gap(quality['contenders'][DEMO[key]])
-    for key in ('adamw_bf16', 'adamw_plain_bf16')
+  sizes = [counted[n]['total'] for n in ('adamw_8bit', 'adamw_bf16', REFERENCE)]
+  eight, bf16, plain = (
+    _gap(quality['contenders'][name])
+    for name in ('adamw_8bit', 'adamw_bf16', 'optax.adamw, bfloat16')
   )
   millions = quality['num_params'] / 1e6
   return '\n'.join(
     [
-      f'AdamW in **{sizes[0]:.0f} bytes per parameter instead of '
-      f'{sizes[1]:.0f}**, gradients included: on a',
-      f'byte-level GPT of {millions:.1f} M parameters, after '
-      f'{quality["config"]["steps"]} steps, the validation loss is',
-      f'{ours} from float32 (mean and standard error of '
-      f'{len(quality["seeds"])} seeds);',
-      f'plain bfloat16 is {plain} from it.',
+      f'AdamW in **{sizes[0]:.0f} bytes per parameter** (`adamw_8bit`) or '
+      f'**{sizes[1]:.0f}** (`adamw_bf16`) instead of {sizes[2]:.0f},',
+      f'gradients included: on a byte-level GPT of {millions:.1f} M parameters, '
+      f'after {quality["config"]["steps"]} steps,',
+      f'validation losses are {eight} and {bf16} from float32',
+      f'(mean and standard error of {len(quality["seeds"])} seeds); plain '
+      f'bfloat16 is {plain} from it.',
     ]
   )
 
@@ -69,9 +84,9 @@ def recipes() -> str:
   rows = [
     [
       f'`{name}`',
-      f'{counted[name]["total"]:.0f}',
+      f'{counted[name]["total"]:.3g}',
       _gap(quality[name]) if quality[name]['reference'] != name else '',
-      *(_peak(steps[model][target][name]) for model, target in PEAKS),
+      *(_peak(steps[model][target].get(name)) for model, target in PEAKS),
     ]
     for name in CONTENDERS
     if name == REFERENCE or CONTENDERS[name].reference != name
@@ -120,8 +135,8 @@ def demo() -> str:
 
 def kept() -> str:
   """What each format needs and keeps."""
-  rows = [[f'`{_call(f)}`', f'{_bytes(f):.0f}', *say] for f, *say in FORMATS]
-  return _table(['format', 'bytes', 'significant', 'key?', ''], rows)
+  rows = [[f'`{_call(f)}`', f'{_bytes(f):.2f}', *say] for f, *say in FORMATS]
+  return _table(['format', 'bytes', 'keeps', 'for'], rows)
 
 
 def peaks() -> str:
@@ -130,7 +145,7 @@ def peaks() -> str:
   pairs = [(model, target) for model in steps for target in steps[model]]
   rows = [
     [f'`{name}`', *(_peak(steps[m][t][name]) for m, t in pairs)]
-    for name in CONTENDERS
+    for name in next(iter(next(iter(steps.values())).values()))
   ]
   return _table(['peak', *(f'{m}, {t}' for m, t in pairs)], rows)
 
@@ -147,6 +162,39 @@ def quality() -> str:
     for name, row in results.load('quality')['contenders'].items()
   ]
   return _table(['contender', 'loss', 'gap', 'to'], rows)
+
+
+def decays() -> str:
+  """Gaps at the other decay of second moments."""
+  result = results.load('quality_b2_0.95')
+  rows = [
+    [f'`{name}`', f'{row["mean"]:.4f}', _gap(row)]
+    for name, row in result['contenders'].items()
+    if name != row['reference']
+  ]
+  return _table(['b2 = 0.95', 'loss', 'gap'], rows)
+
+
+def tracking() -> str:
+  """Errors of updates made from stored moments, by pair of formats."""
+  runs = results.load('tracking')['runs']
+  names = [*PUBLISHED, *OURS]
+  rows = [
+    [f'`{name}`' if name in OURS else name]
+    + [_percents(run['pairs'][name], 'update') for run in runs.values()]
+    + [_octaves(run['pairs'][name]) for run in runs.values()]
+    for name in names
+  ]
+  head = [f'update, b2 = {b2}' for b2 in runs]
+  return _table(['moments', *head, *(f'nu, {b2}' for b2 in runs)], rows)
+
+
+def _percents(tensors: dict[str, dict[str, float]], field: str) -> str:
+  return ' / '.join(f'{100 * row[field]:.1f}' for row in tensors.values())
+
+
+def _octaves(tensors: dict[str, dict[str, float]]) -> str:
+  return ' / '.join(f'{row["nu bias"]:+.2f}' for row in tensors.values())
 
 
 def speed() -> str:
@@ -173,8 +221,17 @@ def published() -> str:
 
 
 PAGES = {
-  ROOT / 'README.md': (headline, recipes, demo, kept),
-  ROOT / 'benchmarks' / 'README.md': (update, peaks, quality, speed, published),
+  ROOT / 'README.md': (headline, recipes, kept),
+  ROOT / 'benchmarks' / 'README.md': (
+    demo,
+    update,
+    peaks,
+    quality,
+    decays,
+    tracking,
+    speed,
+    published,
+  ),
 }
 
 
@@ -199,8 +256,10 @@ def _gap(row: dict[str, Any]) -> str:
   return f'{row["gap"]:+.4f} ± {row["standard_error"]:.4f}'
 
 
-def _peak(row: dict[str, Any]) -> str:
+def _peak(row: dict[str, Any] | None) -> str:
   """GB, struck through where they are more than the device has."""
+  if row is None:
+    return ''
   text = f'{row["peak_bytes"] / 1e9:.3g} GB'
   return text if row['fits'] else f'~~{text}~~'
 
@@ -218,12 +277,22 @@ def _bytes(format: formats.Format) -> float:
   return formats.bits_per_value(format, (8192, 8192)) / 8
 
 
-def _call(format: formats.Format) -> str:
+def _call(format: Any) -> str:
   """`Split(8)`: as one writes it, without defaults."""
-  if isinstance(format, formats.Split):
-    return f'Split({format.residual_bits})'
-  default = format == formats.BFloat16()
-  return 'BFloat16()' if default else "BFloat16('stochastic')"
+  first, *_ = fields = dataclasses.fields(format) or [None]
+  arguments = [
+    (f.name, getattr(format, f.name))
+    for f in fields
+    if f and (getattr(format, f.name) != f.default or f.name == 'residual_bits')
+    or f and f.name == 'bits'
+  ]
+  written = (
+    repr(value) if first and name == first.name else f'{name}={value!r}'
+    for name, value in arguments
+    # The map that goes with the sign.
+    if (name, value) not in (('map', 'sqrt'), ('map', 'log'))
+  )
+  return f'{type(format).__name__}({", ".join(written)})'
 
 
 if __name__ == '__main__':

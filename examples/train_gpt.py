@@ -293,7 +293,10 @@ def compile_step(config, loss_fn, tx, shapes, compiler):
   Returns:
     `step(state, tokens) -> (state, loss)` and the programs it runs, by name.
   """
-  params, opt_state = shapes
+  # Without shardings: with them, JAX 0.10 refuses int4 arrays on a CPU.
+  params, opt_state = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), shapes
+  )
   tokens = jax.ShapeDtypeStruct((config.batch, config.context + 1), jnp.int32)
   loss_and_gradients = jax.value_and_grad(loss_fn)
 

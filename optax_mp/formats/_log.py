@@ -7,10 +7,10 @@ one of equal ratios in the value, and needs no logarithm:
 
     word = low + step (code - 1),    code = 1 ... top;    code 0 is zero.
 
-``low`` is the smallest value of the block, and with ``step`` the last code is
-the largest or a little above it. Were the ends rounded to a fixed grid they
-would move out by up to a step, the block would reach further in the next step
-of an optimizer, and with sixteen codes its steps would grow again.
+``low`` is the smallest value of the block and with ``step`` the last code is the
+largest, both to nearest: within a code, of 254. Were the ends rounded outwards
+the block would reach further in the next step of an optimizer, and with sixteen
+codes, each as large as an octave, its steps would grow again.
 
 Rounded stochastically, the mean is right in the word. That is the mean of the
 value between two powers of two. Between values that are an octave apart, the
@@ -32,9 +32,9 @@ from optax_mp.formats import _rounding
 _NORMAL = 0x00800000  # the word of the smallest normal number
 _LARGEST = 0x7F7FFFFF
 _NAN = 0x7FC00000
-# A grid is a word a block: ``low`` without its last 10 bits, then ``step`` as a
-# float of 5 bits of exponent and 6 of mantissa, all ones where it is not finite.
-_LOW_BITS, _STEP_BITS = 21, 11
+# A grid is a word a block: ``low`` without its last 11 bits, then ``step`` as a
+# float of 5 bits of exponent and 7 of mantissa, all ones where it is not finite.
+_LOW_BITS, _STEP_BITS = 20, 12
 _DROPPED = 31 - _LOW_BITS
 _NOT_FINITE = 2**_STEP_BITS - 1
 
@@ -65,7 +65,8 @@ class Log:
     words = _words(x)
     low, step = _unpack(grid, words >> 31)
     steps = (words - low).astype(jnp.float32) / step
-    return jnp.where(words < _NORMAL, -1.0, jnp.maximum(steps, 0.0))
+    steps = jnp.clip(steps, 0.0, self.top - 1)
+    return jnp.where(words < _NORMAL, -1.0, steps)
 
   def below(self, position: jax.Array, grid: jax.Array) -> jax.Array:
     """The last code before a position."""
@@ -80,7 +81,7 @@ class Log:
   def absolute(self, position: jax.Array, grid: jax.Array) -> jax.Array:
     """The value at a position; NaN in a block that is not finite."""
     low, step = _unpack(grid, (position + 1).astype(jnp.int32) >> 8)
-    words = low + (position * step).astype(jnp.int32)
+    words = low + jnp.round(position * step).astype(jnp.int32)
     words = jnp.where(words > _LARGEST, _LARGEST, words)
     words = jnp.where(position < 0, 0, jnp.maximum(words, _NORMAL))
     words = jnp.where(step >= 2.0**31, _NAN, words)
@@ -92,15 +93,15 @@ def _words(x: jax.Array) -> jax.Array:
 
 
 def _round_low(low: jax.Array) -> jax.Array:
-  """The word of the smallest value to nearest, 14 significant bits."""
+  """The word of the smallest value to nearest, 13 significant bits."""
   words = jnp.clip(_words(low), 0, _LARGEST - 2**_DROPPED)
   return (words + 2 ** (_DROPPED - 1)) >> _DROPPED
 
 
 def _round_step(step: jax.Array) -> jax.Array:
-  """A step of 1 to 2^30 words to 7 significant bits, rounded up."""
+  """A step of 1 to 2^30 words to nearest, 8 significant bits."""
   bits = _words(jnp.maximum(step, 1.0))
-  return ((bits + 0x1FFFF) >> 17) - (127 << 6)
+  return ((bits + 0x8000) >> 16) - (127 << 7)
 
 
 def _unpack(grid: jax.Array, zero: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -117,5 +118,5 @@ def _unpack(grid: jax.Array, zero: jax.Array) -> tuple[jax.Array, jax.Array]:
   """
   grid = grid + zero.astype(jnp.uint32)
   low = (grid >> _STEP_BITS).astype(jnp.int32) << _DROPPED
-  step = ((grid & _NOT_FINITE) << 17) + jnp.uint32(127 << 23)
+  step = ((grid & _NOT_FINITE) << 16) + jnp.uint32(127 << 23)
   return low, _rounding.from_bits(step)
