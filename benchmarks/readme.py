@@ -23,7 +23,11 @@ ROOT = pathlib.Path(__file__).parents[1]
 FORMATS = [
   (formats.Split(16), 'exact', 'a float32, cut in two'),
   (formats.Split(8), '16 bits', 'moments of `adamw_bf16`'),
-  (formats.BFloat16('stochastic'), '8 bits, unbiased', 'the simplest small one'),
+  (
+    formats.BFloat16('stochastic'),
+    '8 bits, unbiased',
+    'the simplest small one',
+  ),
   (formats.BlockInt(8), 'half a code', 'first moments, momenta'),
   (
     formats.BlockInt(8, signed=False, rounding='stochastic'),
@@ -283,8 +287,10 @@ def _call(format: Any) -> str:
   arguments = [
     (f.name, getattr(format, f.name))
     for f in fields
-    if f and (getattr(format, f.name) != f.default or f.name == 'residual_bits')
-    or f and f.name == 'bits'
+    if f
+    and (getattr(format, f.name) != f.default or f.name == 'residual_bits')
+    or f
+    and f.name == 'bits'
   ]
   written = (
     repr(value) if first and name == first.name else f'{name}={value!r}'

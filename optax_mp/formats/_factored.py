@@ -49,9 +49,9 @@ class Factored:
     >>> formats.bits_per_value(format, (4096, 4096))
     0.015625
 
-  **Caveats:** what is not of rank 1 is lost, some 20-40 % of Adam's second
-  moments (rms); for second moments only. Leading axes are kept: a stack of
-  layers has factors for each.
+  **Caveats:** what is not of rank 1 is lost; for second moments only. A
+  negative value makes NaN of its row and column. Leading axes are kept: a stack
+  of layers has factors for each.
 
   References:
     Shazeer and Stern, `Adafactor <https://arxiv.org/abs/1804.04235>`_, 2018;

@@ -32,13 +32,13 @@ _GPU = (
 )
 
 
-def recipes(residual_bits: int) -> list[_survey.Recipe]:
+def recipes(residual_bits: int | None = None) -> list[_survey.Recipe]:
   """AdamW as Optax has it, in two dtypes, and every recipe of ours.
 
   A recipe is what the package exports and takes a `learning_rate`.
 
   Args:
-    residual_bits: for the recipes that have it.
+    residual_bits: for the recipes that have it; None for their own defaults.
 
   Returns:
     One of each.
@@ -53,8 +53,9 @@ def recipes(residual_bits: int) -> list[_survey.Recipe]:
       continue
     parameters = inspect.signature(make).parameters
     if 'learning_rate' in parameters:
-      has_bits = 'residual_bits' in parameters
-      options = {'residual_bits': residual_bits} if has_bits else {}
+      options = {}
+      if residual_bits is not None and 'residual_bits' in parameters:
+        options = {'residual_bits': residual_bits}
       found.append(_survey.Recipe(name, make(1e-4, **options), jnp.bfloat16))
   return found
 
@@ -145,7 +146,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
   add('--context', type=int, default=1024)
   add('--batch', type=int, default=1, help='sequences a step of each device')
   add('--optimizer', default='adamw_bf16', help='the one to tell more about')
-  add('--residual-bits', type=int, default=16, choices=(16, 8, 0))
+  add('--residual-bits', type=int, choices=(16, 8, 0))
+  add('--only', action='append', help='an optimizer, instead of all')
   add('--target', default='h100', choices=_targets.TARGETS)
   add('--devices', type=int, default=1, help='of one slice or node, FSDP')
   add('--fit', action='store_true', help='search for the most layers that fit')
@@ -165,10 +167,14 @@ def main(argv: list[str] | None = None) -> None:
   size = size_of(arguments)
   found = recipes(arguments.residual_bits)
   names = [recipe.name for recipe in found]
-  if arguments.optimizer not in names:
-    raise ValueError(
-      f'`--optimizer` must be one of {names}; got {arguments.optimizer!r}.'
-    )
+  if arguments.only and arguments.optimizer not in arguments.only:
+    arguments.optimizer = arguments.only[0]
+  for name in (*(arguments.only or ()), arguments.optimizer):
+    if name not in names:
+      flag = '--only' if name in (arguments.only or ()) else '--optimizer'
+      raise ValueError(f'`{flag}` must be one of {names}; got {name!r}.')
+  found = [r for r in found if r.name in (arguments.only or names)]
+  names = [recipe.name for recipe in found]
   # The compilers run beside this process: as many at once as there are cores.
   with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
     rows = list(pool.map(lambda r: measure(r, size, arguments), found))
