@@ -89,7 +89,7 @@ def recipes() -> str:
     [
       f'`{name}`',
       f'{counted[name]["total"]:.3g}',
-      _gap(quality[name]) if quality[name]['reference'] != name else '',
+      _gap(quality[name]) if _has_gap(quality, name) else '',
       *(_peak(steps[model][target].get(name)) for model, target in PEAKS),
     ]
     for name in CONTENDERS
@@ -258,6 +258,10 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 def _gap(row: dict[str, Any]) -> str:
   return f'{row["gap"]:+.4f} ± {row["standard_error"]:.4f}'
+
+
+def _has_gap(rows: dict[str, Any], name: str) -> bool:
+  return name in rows and rows[name]['reference'] != name
 
 
 def _peak(row: dict[str, Any] | None) -> str:

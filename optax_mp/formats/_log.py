@@ -7,10 +7,10 @@ one of equal ratios in the value, and needs no logarithm:
 
     word = low + step (code - 1),    code = 1 ... top;    code 0 is zero.
 
-``low`` is the smallest value of the block and with ``step`` the last code is the
-largest, both to nearest: within a code, of 254. Were the ends rounded outwards
-the block would reach further in the next step of an optimizer, and with sixteen
-codes, each as large as an octave, its steps would grow again.
+``low`` is the smallest value of the block and with ``step`` the last code is
+the largest, both to nearest: within a code, of 254. Were the ends rounded
+outwards the block would reach further in the next step of an optimizer, and
+with sixteen codes, each as large as an octave, its steps would grow again.
 
 Rounded stochastically, the mean is right in the word. That is the mean of the
 value between two powers of two. Between values that are an octave apart, the
@@ -33,7 +33,7 @@ _NORMAL = 0x00800000  # the word of the smallest normal number
 _LARGEST = 0x7F7FFFFF
 _NAN = 0x7FC00000
 # A grid is a word a block: ``low`` without its last 11 bits, then ``step`` as a
-# float of 5 bits of exponent and 7 of mantissa, all ones where it is not finite.
+# float of 5 bits of exponent and 7 of mantissa, all ones where not finite.
 _LOW_BITS, _STEP_BITS = 20, 12
 _DROPPED = 31 - _LOW_BITS
 _NOT_FINITE = 2**_STEP_BITS - 1

@@ -3,7 +3,6 @@
 
 import pytest
 
-import contenders
 from optax_mp import memory
 import peak
 import results
