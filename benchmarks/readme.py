@@ -71,7 +71,7 @@ def headline() -> str:
     [
       f'AdamW in **{sizes[0]:.0f} bytes per parameter** (`adamw_8bit`) or '
       f'**{sizes[1]:.0f}** (`adamw_bf16`) instead of {sizes[2]:.0f},',
-      f'gradients included: on a byte-level GPT of {millions:.1f} M parameters, '
+      f'gradients included: on a GPT of bytes, {millions:.1f} M parameters, '
       f'after {quality["config"]["steps"]} steps,',
       f'validation losses are {eight} and {bf16} from float32',
       f'(mean and standard error of {len(quality["seeds"])} seeds); plain '

@@ -34,6 +34,7 @@ import numpy as np
 from rich import progress
 
 from contenders import CONTENDERS
+from contenders import FAMILIES
 from contenders import REFERENCE
 import optax_mp
 import quality
@@ -97,7 +98,8 @@ class Runner(NamedTuple):
 
 def prepare(config: train_gpt.Config, name: str) -> Runner:
   """Compiles a contender."""
-  built = quality.build(config, CONTENDERS[name])
+  contender = CONTENDERS[name]
+  built = quality.build(config, contender, FAMILIES[contender.family])
   return Runner(jax.jit(built.create), built)
 
 
@@ -145,7 +147,8 @@ def device_peak(config: train_gpt.Config, name: str) -> int | None:
   """The device's own count after two steps, None if it does not count."""
   if _peak_bytes() is None:
     return None
-  built = quality.build(config, CONTENDERS[name])
+  contender = CONTENDERS[name]
+  built = quality.build(config, contender, FAMILIES[contender.family])
   # Zeros take no more than the state itself, initializers would.
   state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), built.shapes)
   tokens = first_batch(config)

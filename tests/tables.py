@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the laws and contracts run over: a new thing adds one row."""
 
+from collections.abc import Callable
 import dataclasses
+import math
 from typing import Any
 
+import ml_dtypes
+import numpy as np
 import optax
 
 import optax_mp
@@ -11,19 +15,253 @@ from optax_mp import formats
 
 BF16 = formats.BFloat16
 SPLIT = formats.Split
+INT = formats.BlockInt
+TINY = 2.0**-126  # the smallest normal number
 
 
 @dataclasses.dataclass(frozen=True)
 class FormatRow:
-  """A format and what it promises."""
+  """A format and what it promises.
+
+  The error of a value has a bound of its own, `rel` to `absolute`, or, where
+  values share a scale, one that depends on all of them, `bound`.
+  """
 
   format: Any
   bits: float  # per value of a large array
-  rel: float  # |decode(encode(x)) - x| <= rel * |x|, for x from `low` to `high`
+  rel: float = 0.0  # |decode(encode(x)) - x| <= rel * |x|, for x from `low`
   low: float = 1e-30
-  high: float = 1e38
+  high: float = 1e38  # ... to `high`
   absolute: float = 0.0  # ... or <= absolute
   exact: bool = False  # decode(encode(x)) is x, bit for bit
+  bound: Callable[[np.ndarray], np.ndarray] | None = None
+  shares: str = ''  # a scale, with its 'block', its 'cross' or the 'matrix'
+  signed: bool = True  # False: for values that are not negative
+  symmetric: bool = True  # False: the largest of a block is, +1, has no -1
+  zero: bool = True  # zeros come back as zeros, beside others as well
+  nonzero: bool = True  # and others never as zeros
+  fixed: int | None = 0  # ulps by which a second store moves; None: a bin
+  log_codes: int = 0  # how many, where logarithms are rounded
+  axes: int = 0  # arrays of fewer are refused
+  ulps: int = 0  # by which two programs may differ in what they decode
+  slop: float = 0.0  # what float32 adds to `bound`, relative to values
+  odd: bool = True  # tried on odd shapes and on eight devices as well
+
+
+def grouped(x: np.ndarray, size: int = 128) -> np.ndarray:
+  """Values that share a scale, a group a row, as the formats document it."""
+  tiles = x.ndim < 2 or x.shape[-2] % 8 == 0
+  if x.ndim and x.shape[-1] % size == 0 and tiles:
+    return x.reshape(-1, size)
+  count = 1
+  for length in reversed(x.shape):
+    count *= length
+    if count >= 16:
+      break
+  return x.reshape(-1, max(count, 1))
+
+
+def largest(x: np.ndarray) -> np.ndarray:
+  """The largest of each value's group."""
+  groups = grouped(x)
+  wide = np.broadcast_to(groups.max(-1, keepdims=True), groups.shape)
+  return wide.reshape(x.shape)
+
+
+def smaller_largest(x: np.ndarray) -> np.ndarray:
+  """The smaller one of the largest of its row and of its column."""
+  if x.ndim < 2 or not x.size:
+    return largest(x)
+  return np.minimum(x.max(0, keepdims=True), x.max(1, keepdims=True))
+
+
+def tree(decades: int, cells: int) -> np.ndarray:
+  """The dynamic tree of one sign: middles of 1, 2, 4, ... `cells` a decade."""
+  values = [0.0]
+  for i in range(decades):
+    edges = np.linspace(0.1, 1.0, cells * 2**i + 1)
+    values.extend(10.0 ** (i - decades + 1) * (edges[:-1] + edges[1:]) / 2)
+  return np.array([*values, 1.0])
+
+
+def codes(map: str, top: int) -> np.ndarray:
+  """The values of all codes of a map, from its definition."""
+  z = np.arange(top + 1) / top
+  return {'linear': z, 'sqrt': z**2, 'softsign': z / (2 - z)}[map]
+
+
+def numbers(dtype: Any) -> np.ndarray:
+  """All finite numbers of an fp8 dtype that are not negative."""
+  values = np.arange(128, dtype=np.uint8).view(dtype).astype(np.float64)
+  return values[np.isfinite(values)]
+
+
+E4M3 = numbers(ml_dtypes.float8_e4m3fn)
+E5M2 = numbers(ml_dtypes.float8_e5m2)
+NO_ZERO = np.arange(17) / 16  # but for its first: there is no code for 0
+
+
+# Derived bounds: half the bin that a value is in, all of it if rounded
+# stochastically. `whole` are bins that only one of their ends rounds to: the
+# first where nothing becomes zero, the last where there is no -1.
+
+
+def scaled(values, share=0.5, whole=(), scale=largest):
+  """Bins of a map, in units of the scale."""
+  moves = share * np.diff(values)
+  for i in whole:
+    moves[i] = np.diff(values)[i]
+
+  def bound(x):
+    x = np.abs(x.astype(np.float64))
+    unit = scale(x)
+    fraction = x / np.where(unit > 0, unit, 1.0)
+    code = np.searchsorted(values, fraction, 'right') - 1
+    return moves[np.clip(code, 0, len(moves) - 1)] * unit
+
+  return bound
+
+
+def logarithmic(top, share=0.5):
+  """Bins of equal steps of the float32 word, between the ends of a group."""
+
+  def bound(x):
+    x = np.abs(x)
+    low, high = word_range(x)
+    # The step has 8 significant bits, so the last code may be 2^-8 of all steps
+    # too low; the first one is rounded, by up to 1024.
+    step, last = (high - low) / (top - 1), 2**-8 * (high - low)
+    move = np.where(word(x) > high - step, np.maximum(share * step, last), 0.0)
+    move = np.maximum(move, share * (1 + 2**-8) * step) + 1024
+    low, high = value(word(x) - move), value(word(x) + move)
+    x = x.astype(np.float64)
+    return np.maximum(x - low, high - x) * (x > 0)
+
+  return bound
+
+
+def word_range(x):
+  """The least and the largest word of each value's group."""
+  low = -largest(-np.where(x >= TINY, x, np.float32(np.inf)))
+  return word(np.minimum(low, largest(x))), word(largest(x))
+
+
+def word(x):
+  """The word of a float32, its logarithm; of a normal number."""
+  x = np.maximum(x.astype(np.float32), np.float32(TINY))
+  return x.view(np.int32).astype(np.float64)
+
+
+def value(words):
+  """The float32 of a word."""
+  words = np.clip(words, 0x00800000, 0x7F7FFFFF).astype(np.int32)
+  return words.view(np.float32).astype(np.float64)
+
+
+def expanded(numbers, share=0.5):
+  """Bins of fp8 numbers to the power 1/k, with COAT's k for each group."""
+  fractions = numbers / numbers[-1]
+  reach = np.log2(numbers[-1] ** 2 / 2)
+
+  def bound(x):
+    groups = grouped(np.abs(x.astype(np.float64)))
+    high = groups.max(-1, keepdims=True)
+    high = np.where(high >= TINY, high, TINY)
+    low = np.where(groups >= TINY, groups, np.inf).min(-1, keepdims=True)
+    octaves = np.log2(high) - np.log2(np.minimum(low, high))
+    k = np.floor(16 * reach / np.maximum(octaves, 2**-10)).clip(8, 255) / 16
+    grid = power(fractions, 1 / k) * rounded_up(high)
+    code = (grid[:, None, :] <= groups[..., None]).sum(-1) - 1
+    code = np.clip(code, 0, len(fractions) - 2)
+    move = np.where(code == 0, 1.0, share) * np.take_along_axis(
+      np.diff(grid), code, -1
+    )
+    return move.reshape(x.shape)
+
+  return bound
+
+
+def power(x: np.ndarray, exponent: Any) -> np.ndarray:
+  """A power, with a logarithm that is linear between powers of two."""
+  mantissa, binade = np.frexp(np.where(x > 0, x, 1.0))
+  log = (binade + 2 * mantissa - 2) * exponent
+  whole = np.floor(log)
+  return np.where(x > 0, np.ldexp(1 + log - whole, whole.astype(int)), 0.0)
+
+
+def rounded_up(x: np.ndarray) -> np.ndarray:
+  """To bfloat16, but not to infinity."""
+  words = x.astype(np.float32).view(np.uint32).astype(np.uint64)
+  words = np.minimum((words + 0xFFFF) >> 16, 0x7F7F).astype(np.uint32) << 16
+  return words.view(np.float32).astype(np.float64)
+
+
+def feedback(value, residual, relative=False):
+  """Half the widest bin of the residuals' map, times the largest residual."""
+  widest = np.diff(residual).max() / 2
+
+  def bound(x):
+    error, x = value(x), np.abs(x.astype(np.float64))
+    # A residual is relative to what was stored, within `error` of x.
+    low, high = (x - error, x + error) if relative else (1.0, 1.0)
+    ratio = np.divide(error, low, np.zeros(x.shape), where=error > 0)
+    return widest * largest(ratio) * high
+
+  return bound
+
+
+def factored(x):
+  """Exact: how far the array is from rows times columns over the mean."""
+  x = x.astype(np.float64)
+  if not x.size:
+    return x
+  row, column = x.mean(-1, keepdims=True), x.mean(-2, keepdims=True)
+  mean = row.mean(-2, keepdims=True)
+  product = row / np.where(mean > 0, mean, 1.0) * column
+  # A row's share of all may underflow.
+  return np.abs(product - x) + 2**-18 * product + 2.0**-126 * column
+
+
+# A division by a constant may be compiled to a multiplication.
+DIVIDED: dict[str, Any] = {'ulps': 4, 'fixed': 4}
+# Grids that depend on the smallest value of a block, too. They need no
+# reciprocal of the largest, which is not a normal number above 2^126.
+ENDS: dict[str, Any] = {'fixed': None, 'high': 1e38}
+# fp8 numbers to a power: logarithms of 33 octaves have 2^-18 of one.
+POWERS: dict[str, Any] = {'nonzero': True, 'slop': 2**-16, **ENDS}
+# The largest of a signed tree is +1: blocks shrink if theirs is negative.
+NO_MINUS_1: dict[str, Any] = {'symmetric': False, 'fixed': None}
+
+
+def block(format, bits, bound, **promises):
+  """The row of a format with a scale a block."""
+  own = {'shares': 'block', 'nonzero': False, 'slop': 2**-20, 'high': 2.0**126}
+  # Arrays are cut into blocks by the same lines for all of these formats.
+  return FormatRow(
+    format, bits, bound=bound, **(own | {'odd': False} | promises)
+  )
+
+
+def block_int(map, bits, signed=True, rounding='nearest', **promises):
+  """The row of a `BlockInt` that is named by what it does."""
+  format = INT(bits, signed, map, rounding=rounding)
+  share = 0.5 if rounding == 'nearest' else 1.0
+  top = 2 ** (bits - signed) - 1
+  whole = [] if signed else [0]
+  own = {} if signed else {'signed': False, 'nonzero': True}
+  if map == 'log':
+    own |= {'log_codes': top, **ENDS, **promises}
+    return block(format, bits + 0.25, logarithmic(top, share), **own)
+  if map == 'dynamic':
+    values, own = tree(bits - 1, 1 if signed else 2), {'ulps': 8} | own
+    whole, own = ([-1], own | NO_MINUS_1) if signed else (whole, own)
+  elif map == 'linear' and top == 15:
+    values, own = NO_ZERO, own | {'zero': False}
+  else:
+    values = codes(map, top)
+    own = own if map == 'softsign' else own | DIVIDED
+  bound = scaled(values, share, whole)
+  return block(format, bits + 0.25, bound, **(own | promises))
 
 
 FORMATS = {
@@ -48,6 +286,88 @@ FORMATS = {
   'feedback': FormatRow(formats.ErrorFeedback(BF16(), BF16()), 32, 2**-16),
   'feedback-split': FormatRow(
     formats.ErrorFeedback(BF16('stochastic'), SPLIT(8)), 40, 2**-21
+  ),
+  'sqrt-8': block_int('sqrt', 8, odd=True),
+  'sqrt-8-stochastic': block_int('sqrt', 8, rounding='stochastic', odd=True),
+  'sqrt-8-unsigned': block_int('sqrt', 8, False),
+  'sqrt-4': block_int('sqrt', 4),
+  'sqrt-4-unsigned': block_int('sqrt', 4, False),
+  'log-8': block_int('log', 8, False, odd=True),
+  'log-8-stochastic': block_int('log', 8, False, 'stochastic'),
+  'log-4': block_int('log', 4, False),
+  'log-4-stochastic': block_int('log', 4, False, 'stochastic'),
+  'dynamic-8': block_int('dynamic', 8),
+  'dynamic-8-unsigned': block_int('dynamic', 8, False),
+  'dynamic-4': block_int('dynamic', 4, odd=True),
+  'dynamic-4-unsigned': block_int('dynamic', 4, False),
+  'softsign-8': block_int('softsign', 8),
+  'softsign-8-unsigned': block_int('softsign', 8, False),
+  'softsign-4': block_int('softsign', 4),
+  'softsign-4-stochastic': block_int('softsign', 4, rounding='stochastic'),
+  'softsign-4-unsigned': block_int('softsign', 4, False),
+  'linear-8': block_int('linear', 8),
+  'linear-8-unsigned': block_int('linear', 8, False),
+  'linear-4': block_int('linear', 4),
+  'linear-4-unsigned': block_int('linear', 4, False),
+  'linear-4-rank1': block(
+    INT(4, False, 'linear', scale='rank1'),
+    4 + 32 * (256 + 1024) / (256 * 1024),
+    scaled(NO_ZERO, whole=[0], scale=smaller_largest),
+    shares='cross',
+    signed=False,
+    zero=False,
+    nonzero=True,
+    odd=True,
+  ),
+  'e4m3': block(formats.Float8(), 8.25, expanded(E4M3), odd=True, **POWERS),
+  'e4m3-stochastic': block(
+    formats.Float8(rounding='stochastic'), 8.25, expanded(E4M3, 1.0), **POWERS
+  ),
+  'e4m3-plain': block(
+    formats.Float8(expand=False),
+    8.25,
+    scaled(E4M3 / E4M3[-1], whole=[0]),
+    nonzero=True,
+    **DIVIDED,
+  ),
+  'e5m2': block(formats.Float8('e5m2'), 8.25, expanded(E5M2), **POWERS),
+  'e5m2-plain': block(
+    formats.Float8('e5m2', expand=False),
+    8.25,
+    scaled(E5M2 / E5M2[-1], whole=[0]),
+    nonzero=True,
+    **DIVIDED,
+  ),
+  'factored': block(
+    formats.Factored(),
+    32 * (256 + 1024) / (256 * 1024),
+    factored,
+    shares='matrix',
+    high=1e36,  # sums of rows and columns are finite
+    signed=False,
+    zero=False,
+    nonzero=True,
+    fixed=None,
+    axes=2,
+    ulps=3 * 33,  # three sums of up to 33 values, in any order
+    odd=True,
+  ),
+  'feedback-8-4': block(
+    formats.ErrorFeedback(INT(8), INT(4)),
+    12.5,
+    feedback(scaled(codes('sqrt', 127)), codes('sqrt', 7)),
+    fixed=None,
+    ulps=4,
+  ),
+  'feedback-8-4-unsigned': block(
+    formats.ErrorFeedback(INT(8, False), INT(4)),
+    12.5,
+    feedback(logarithmic(255), codes('sqrt', 7), relative=True),
+    signed=False,
+    nonzero=True,
+    ulps=2,
+    odd=True,
+    **ENDS,
   ),
 }
 
@@ -92,4 +412,93 @@ WRAPPERS = {
   'both': lambda inner: optax_mp.compensated(
     optax_mp.compressed(inner, formats.Split(8), min_size=0)
   ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class StateRow:
+  """A rule for the whole state of any optimizer."""
+
+  rule: Any
+  bits: Callable[[tuple[int, ...]], int]  # of an array of a shape
+
+
+def _in_blocks(bits, block_size=128, scales=1):
+  """Bits of whole blocks, or of fewer values that are one."""
+
+  def count(shape):
+    size = math.prod(shape)
+    return bits * size + 32 * scales * max(1, size // block_size)
+
+  return count
+
+
+def _by_rank1(shape):
+  whole = 8 * math.prod(shape) + 32 * sum(shape)
+  return whole if len(shape) > 1 else _in_blocks(8)(shape)
+
+
+def _in_factors(shape):
+  few_axes = len(shape) < 2
+  return _in_blocks(8)(shape) if few_axes else 32 * _rows_and_columns(*shape)
+
+
+def _rows_and_columns(*shape):
+  *stack, rows, columns = shape
+  return math.prod(stack) * (rows + columns)
+
+
+def _factored(path, leaf):
+  del path
+  return INT(8, signed=False) if len(leaf.shape) < 2 else formats.Factored()
+
+
+# Momenta have signs; the last two are for squares.
+STATES = {
+  'int8': StateRow(INT(8, rounding='stochastic'), _in_blocks(8)),
+  'int4': StateRow(
+    INT(4, map='softsign', rounding='stochastic'), _in_blocks(4)
+  ),
+  'dynamic': StateRow(
+    INT(8, map='dynamic', block_size=256), _in_blocks(8, 256)
+  ),
+  'rank1': StateRow(INT(8, scale='rank1', rounding='stochastic'), _by_rank1),
+  'fp8': StateRow(formats.Float8(rounding='stochastic'), _in_blocks(8)),
+  'e5m2': StateRow(
+    formats.Float8('e5m2', block_size=32, expand=False), _in_blocks(8, 32)
+  ),
+  'int8-int4': StateRow(
+    formats.ErrorFeedback(INT(8), INT(4)), _in_blocks(12, scales=2)
+  ),
+  'log': StateRow(INT(8, signed=False, rounding='stochastic'), _in_blocks(8)),
+  'factored': StateRow(_factored, _in_factors),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class RecipeRow:
+  """A recipe, with settings that converge on the contracts' targets."""
+
+  recipe: Callable[..., Any]
+  bytes: float  # per parameter of a large matrix, with its gradient
+  lr: float = 1e-2
+  settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+_SCALE = 4 / 128  # bytes per value
+RECIPES = {
+  'adamw_bf16': RecipeRow(optax_mp.adamw_bf16, 12.0),
+  'sgdm_bf16': RecipeRow(optax_mp.sgdm_bf16, 9.0, 1e-3),
+  'lion_bf16': RecipeRow(optax_mp.lion_bf16, 9.0, 1e-3, {'b1': 0.99}),
+  'adamw_8bit': RecipeRow(optax_mp.adamw_8bit, 7 + 2 * _SCALE),
+  'adamw_4bit': RecipeRow(optax_mp.adamw_4bit, 6 + 2 * _SCALE),
+  'adamw_4bit_factored': RecipeRow(
+    optax_mp.adamw_4bit_factored, 5.5 + _SCALE + 8 / 1024
+  ),
+  'coat_adamw': RecipeRow(optax_mp.coat_adamw, 7 + 2 * _SCALE),
+  'flash_adamw': RecipeRow(optax_mp.flash_adamw, 7 + 8 * _SCALE),
+  'lion_8bit': RecipeRow(optax_mp.lion_8bit, 6 + _SCALE, 1e-3, {'b1': 0.99}),
+  'sgdm_8bit': RecipeRow(optax_mp.sgdm_8bit, 6 + _SCALE, 1e-3),
+  'muon_8bit': RecipeRow(optax_mp.muon_8bit, 6 + _SCALE),
+  'ademamix_8bit': RecipeRow(optax_mp.ademamix_8bit, 8 + 3 * _SCALE, 1e-3),
 }

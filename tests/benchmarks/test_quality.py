@@ -9,7 +9,8 @@ import jax
 import numpy as np
 import pytest
 
-from contenders import CONTENDERS
+from contenders import FAMILIES
+from contenders import STUDIED
 import quality
 import results
 
@@ -28,8 +29,17 @@ TINY = dataclasses.replace(
 NAMES = ['optax.adamw, float32', 'adamw_bf16']
 
 
-# Compiled once for all tests.
-_build = functools.cache(quality.build)
+@functools.cache
+def _compiled(config, name):
+  """Compiled once for all tests."""
+  contender = STUDIED[name]
+  return quality.build(config, contender, FAMILIES[contender.family])
+
+
+def _build(config, contender, family):
+  del family
+  name = next(n for n, other in STUDIED.items() if other is contender)
+  return _compiled(config, name)
 
 
 def _run(monkeypatch, folder, *flags):
@@ -63,12 +73,12 @@ def test_references_come_first():
     'optax.lion, float32',
     'lion_bf16',
   ]
-  assert quality.with_references(list(CONTENDERS)) == list(CONTENDERS)
+  assert quality.with_references(list(STUDIED)) == list(STUDIED)
 
 
 def test_seeds_and_contenders_share_weights():
   """Exact: of one seed float32 and bfloat16, rounded; seeds differ."""
-  full, low = (_build(TINY, CONTENDERS[name]) for name in NAMES)
+  full, low = (_compiled(TINY, name) for name in NAMES)
   weights = full.create(3).params['bytes']['embedding']
   rounded = low.create(3).params['bytes']['embedding']
   np.testing.assert_array_equal(weights.astype(rounded.dtype), rounded)
@@ -81,7 +91,7 @@ def test_main_writes_every_field(tmp_path, monkeypatch, capsys):
   result = results.load('quality', tmp_path)
   assert {'conditions', 'config', 'families'} < result.keys()
   assert result['config']['steps'] == 4 and result['seeds'] == [0, 1]
-  shapes = _build(TINY, CONTENDERS['adamw_bf16']).shapes.params
+  shapes = _compiled(TINY, 'adamw_bf16').shapes.params
   sizes = [leaf.size for leaf in jax.tree.leaves(shapes)]
   assert result['num_params'] == sum(sizes)
 
@@ -100,15 +110,37 @@ def test_main_writes_every_field(tmp_path, monkeypatch, capsys):
 
 
 def test_an_interrupted_run_leaves_what_it_has(tmp_path, monkeypatch):
-  def interrupted(config, contender):
-    if contender is CONTENDERS['adamw_bf16']:
+  def interrupted(config, contender, family):
+    if contender is STUDIED['adamw_bf16']:
       raise KeyboardInterrupt
-    return _build(config, contender)
+    return _build(config, contender, family)
 
   monkeypatch.setattr(quality, 'build', interrupted)
   with pytest.raises(KeyboardInterrupt):
     _run(monkeypatch, tmp_path, '--seeds', '2', '--only', 'adamw_bf16')
   assert list(results.load('quality', tmp_path)['contenders']) == NAMES[:1]
+
+
+def test_a_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
+  """Exact: what is there is kept, unless its conditions were others."""
+  monkeypatch.setattr(quality, 'build', _build)
+  _run(monkeypatch, tmp_path, '--seeds', '2', '--only', 'adamw_bf16')
+  first = results.load('quality', tmp_path)
+  wanted = {'config': first['config'], 'families': first['families']}
+  losses = quality.earlier('quality', tmp_path, wanted)
+  assert list(losses) == NAMES
+  other = wanted | {'families': {}}
+  assert quality.earlier('quality', tmp_path, other) == {}
+  assert quality.earlier('nothing', tmp_path, wanted) == {}
+
+
+def test_another_decay_has_its_own_result(tmp_path, monkeypatch):
+  monkeypatch.setattr(quality, 'build', _build)
+  flags = ['--seeds', '2', '--b2', '0.95', '--only', 'adamw_bf16']
+  _run(monkeypatch, tmp_path, *flags)
+  result = results.load('quality_b2_0.95', tmp_path)
+  assert result['families']['adamw']['others']['b2'] == 0.95
+  assert list(result['contenders']) == NAMES
 
 
 def test_one_seed_is_refused(tmp_path, monkeypatch, capsys):
