@@ -114,7 +114,7 @@ SECOND_MOMENTS = {
   # Three bits of mantissa.
   'coat_adamw': Row(*COAT, 'nu', FP8, bias=0.2, error=0.3),
   # Fifteen codes for the range of a block.
-  'adamw_4bit': Row(*FOUR, 'nu', keeps(4, signed=False), bias=1.0, error=1.0),
+  'adamw_4bit': Row(*FOUR, 'nu', keeps(4, signed=False), bias=0.3, error=0.3),
   'adamw_4bit_factored': Row(*FACTORED, 'nu', formats.Factored(), fall=BY_ROWS),
 }
 MOMENTA = {

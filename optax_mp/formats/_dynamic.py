@@ -29,12 +29,17 @@ class Dynamic:
     """The code of 1."""
     return (2**self.decades - 1) * (1 + self.doubled) + 1
 
+  @property
+  def _shift(self) -> int:
+    """Codes plus this are f 2^i + j."""
+    return int(self.doubled)
+
   def value(self, code: jax.Array) -> jax.Array:
     """Code n = 2^i f + j is mu f 2^i, with 1 <= mu < 2 and j = (mu - 1) ..."""
-    n = (code + self.doubled).astype(jnp.float32)
+    n = (code + self._shift).astype(jnp.float32)
     bits = lax.bitcast_convert_type(n, jnp.int32)
     exponent = (bits >> 23) - 127
-    decade = exponent - self.doubled
+    decade = exponent - self._shift
     mantissa = lax.bitcast_convert_type(
       (bits & 0x007FFFFF) | 0x3F800000, jnp.float32
     )
@@ -48,10 +53,10 @@ class Dynamic:
     for q in range(1, self.decades):
       decade += (x >= 10.0 ** (q - self.decades)).astype(jnp.int32)
     up = _select([10.0**q for q in range(self.decades)], self._up(decade))
-    cells = _power_of_2(decade + self.doubled)
+    cells = _power_of_2(decade + self._shift)
     inside = jnp.floor((x * up - 0.1) * (cells / 0.9) - 0.5)
     # -1 where x is below the middle of the first cell: the code before it.
-    code = (cells + inside).astype(jnp.int32) - self.doubled
+    code = (cells + inside).astype(jnp.int32) - self._shift
     return jnp.where(x >= 1.0, self.top, jnp.clip(code, 0, self.top - 1))
 
   def _up(self, decade: jax.Array) -> jax.Array:
