@@ -96,24 +96,40 @@ def _fits(row, x):
   return _takes(row, x.shape) and (x.size == 0 or _in_range(row, x).any())
 
 
+# Faults that these laws have found: to be taken away with them.
+PROMOTES = pytest.mark.xfail(
+  raises=jax.dtypes.TypePromotionError,
+  reason='adds a bool to integers: an error under strict promotion',
+)
+UNSCALED = pytest.mark.xfail(
+  strict=True,
+  reason='a mean that is no number is replaced by 1: others are off by it',
+)
+
+
+def _param(name, *values, id=None, marks=()):
+  marks = [*marks, PROMOTES] if name.startswith('dynamic') else marks
+  return pytest.param(tables.FORMATS[name], *values, id=id or name, marks=marks)
+
+
 # A case is left out where no value of the array is in the range of the format.
 CASES = [
-  pytest.param(row, _of_row(row, x), id=f'{name}-{array}')
+  _param(name, _of_row(row, x), id=f'{name}-{array}')
   for name, row in tables.FORMATS.items()
   for array, x in ARRAYS.items()
   if _fits(row, x)
 ]
 SHAPE_CASES = [
-  pytest.param(row, shape, id=f'{name}-{shape}')
+  _param(name, shape, id=f'{name}-{shape}')
   for name, row in tables.FORMATS.items()
   for shape in SHAPES
   if _takes(row, shape)
 ]
 
 
-def _rows(condition=lambda row: True):
+def _rows(condition=lambda row: True, **marks):
   return [
-    pytest.param(row, id=name)
+    _param(name, marks=marks.get(name, ()))
     for name, row in tables.FORMATS.items()
     if condition(row)
   ]
@@ -129,9 +145,6 @@ over_rows = pytest.mark.parametrize('row', _rows())
 over_stochastic = pytest.mark.parametrize('row', _rows(_is_stochastic))
 over_fitted = pytest.mark.parametrize(
   'row', _rows(lambda row: hasattr(row.format, 'fit'))
-)
-over_unsigned = pytest.mark.parametrize(
-  'row', _rows(lambda row: not row.signed)
 )
 
 
@@ -418,7 +431,7 @@ def test_nan_is_kept(row, word):
       assert np.all(np.isnan(np.asarray(visible(stored), np.float32)))
 
 
-@over_rows
+@pytest.mark.parametrize('row', _rows(factored=[UNSCALED]))
 @pytest.mark.parametrize('name', ['normal', 'blocks'])
 @pytest.mark.parametrize('odd', [np.nan, np.inf, -np.inf], ids=str)
 def test_nan_beside_numbers_changes_nothing(row, name, odd):
@@ -437,7 +450,9 @@ def test_nan_beside_numbers_changes_nothing(row, name, odd):
   )
 
 
-@over_unsigned
+@pytest.mark.parametrize(
+  'row', _rows(lambda row: not row.signed, factored=[UNSCALED])
+)
 @pytest.mark.parametrize('name', ['normal', 'blocks'])
 def test_negative_values_are_seen_where_there_are_no_signs(row, name):
   """Exact: like a NaN."""

@@ -76,16 +76,16 @@ def sgd_with_momentum(
 
 
 def first_moment(
-  decay: Any, bits: Literal[8, 4] = 8, **settings: Any
+  *decays: Any, bits: Literal[8, 4] = 8, **settings: Any
 ) -> formats.BlockInt:
-  """The format of an average of gradients."""
-  return formats.BlockInt(bits, rounding=rounding(decay), **settings)
+  """The format of averages of gradients."""
+  return formats.BlockInt(bits, rounding=rounding(*decays), **settings)
 
 
-def rounding(decay: Any) -> Any:
-  """'stochastic' where a step of the average may be less than half a code."""
-  known = isinstance(decay, numbers.Real)
-  return 'nearest' if known and decay < _FAST else 'stochastic'
+def rounding(*decays: Any) -> Any:
+  """'stochastic' where a step of an average may be less than half a code."""
+  fast = [isinstance(d, numbers.Real) and d < _FAST for d in decays]
+  return 'nearest' if all(fast) else 'stochastic'
 
 
 def second_moment(bits: Literal[8, 4] = 8, **settings: Any) -> formats.BlockInt:
@@ -102,35 +102,22 @@ def assemble(
   keep_float32: str | None = None,
 ):
   """The optimizer, its state kept by the rule, its parameters in 16 bits."""
+  kept = None if keep_float32 is None else _pattern(keep_float32)
   # A group of biases alone has nothing to compress, and that is no mistake.
   small = _compressed.keep_compressed(
-    inner, except_for(rule, keep_float32), min_size, seed, may_do_nothing=True
+    inner, rule, min_size, seed, may_do_nothing=True, kept=kept
   )
   return compensated(small, residual_bits, seed=seed)
 
 
-def except_for(rule: formats.Rule, pattern: str | None) -> formats.Rule:
-  """The rule, but None for the leaves of parameters with a certain path."""
-  if pattern is None:
-    return rule
+def _pattern(keep_float32: Any) -> re.Pattern[str]:
   try:
-    found = re.compile(pattern)
-  except (re.error, TypeError) as error:
-    raise ValueError(
-      '`keep_float32` must be a regular expression for paths of parameters, '
-      f"such as 'embed'; got {pattern!r}."
-    ) from error
-
-  def chosen(format: Any) -> Callable[[str, Any], Any]:
-    def choose(path: str, leaf: Any) -> Any:
-      if found.search(path):
-        return None
-      if isinstance(format, formats.Format) or format is None:
-        return format
-      return format(path, leaf)
-
-    return choose
-
-  if isinstance(rule, Mapping):
-    return {field: chosen(format) for field, format in rule.items()}
-  return chosen(rule)
+    if isinstance(keep_float32, str):
+      return re.compile(keep_float32)
+    reason = f'a {type(keep_float32).__name__}'
+  except re.error as error:
+    reason = str(error)
+  raise ValueError(
+    '`keep_float32` must be a regular expression for paths of parameters, such '
+    f"as 'embed'; got {keep_float32!r} ({reason})."
+  )

@@ -160,8 +160,11 @@ def muon_8bit(
     `Effective Quantization of Muon Optimizer States
     <https://arxiv.org/abs/2509.23106>`_, 2025
   """
-  beta = _build.argument(contrib.muon, 'beta', args, kwargs)
-  rule = {'mu': _build.first_moment(beta), 'nu': _build.second_moment()}
+  decays = (
+    _build.argument(contrib.muon, name, args, kwargs)
+    for name in ('beta', 'adam_b1')
+  )
+  rule = {'mu': _build.first_moment(*decays), 'nu': _build.second_moment()}
   inner = contrib.muon(*args, **kwargs)
   return _build.assemble(
     inner, rule, residual_bits, min_size, seed, keep_float32

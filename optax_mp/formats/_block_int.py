@@ -144,12 +144,12 @@ class BlockInt:
     has_zero = not isinstance(_map_of(grid), _maps.LinearNoZero)
     keep = self.keep_nonzero and not self.signed and has_zero
     code = _grids.round_to(grid, x, wide, noise, keep)
-    return Block(self._with_sign(code, x), scales)
+    return Block(self._stored(code, x), scales)
 
   def decode(self, stored: Block, like: jax.ShapeDtypeStruct) -> chex.Array:
     """Gives the codes' values, in the dtype of ``like``."""
     wide = expand(self._groups(like.shape), stored.scales)
-    code = jnp.asarray(stored.codes, jnp.int32) - self._offset()
+    code = jnp.asarray(stored.codes, jnp.int32) - self._lowest() - self._zero()
     value = _grids.value_of(self._grid(), jnp.abs(code), wide)
     return jnp.where(code < 0, -value, value).astype(like.dtype)
 
@@ -180,19 +180,26 @@ class BlockInt:
       return _blocks.Rank1(shape)
     return _blocks.cut(shape, self.block_size)
 
-  def _offset(self) -> int:
-    """The code of zero: signed trees are counted from their least value."""
+  def _zero(self) -> int:
+    """The code of zero, among the table's codes counted from 0."""
     in_order = self.signed and self.map == 'dynamic'
     return 2 ** (self.bits - 1) - 1 if in_order else 0
 
-  def _with_sign(self, code: jax.Array, x: jax.Array) -> jax.Array:
-    offset = self._offset()
-    if offset:  # the tree has a code for 1 and none for -1
-      code = jnp.where(x < 0, -jnp.minimum(code, offset), code) + offset
+  def _lowest(self) -> int:
+    """What is stored for code 0: four bits are int4, which Orbax can save."""
+    symmetric = self.signed and not self._zero()
+    return -8 if self.bits == 4 and not symmetric else 0
+
+  def _stored(self, code: jax.Array, x: jax.Array) -> jax.Array:
+    """Magnitude -> code with the sign of x, as it is stored."""
+    zero = self._zero()
+    if zero:  # the tree has a code for 1 and none for -1
+      code = jnp.where(x < 0, -jnp.minimum(code, zero), code) + zero
     elif self.signed:
       code = jnp.where(x < 0, -code, code)
-    signed = self.signed and not offset
-    return code.astype(f'{"" if signed else "u"}int{self.bits}')
+    unsigned = self.bits == 8 and (not self.signed or zero)
+    kind = f'{"u" if unsigned else ""}int{self.bits}'
+    return (code + self._lowest()).astype(kind)
 
 
 def fit(grid: _grids.Grid, groups: Any, x: chex.Array) -> Any:

@@ -70,6 +70,7 @@ class Expanded:
   """fp8 numbers to the power 1/k: M (bfloat16), k (8 bits), 8 bits unused."""
 
   numbers: Numbers
+  even: bool = False
 
   @property
   def top(self) -> int:

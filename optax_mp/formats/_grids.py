@@ -20,6 +20,11 @@ class Grid(Protocol):
     """The largest code."""
     ...
 
+  @property
+  def even(self) -> bool:
+    """Whether noise is to be even over steps."""
+    ...
+
   def fit(self, x: jax.Array, axes: tuple[int, ...], /) -> jax.Array:
     """What each block needs to know, without the axes."""
     ...
@@ -64,7 +69,8 @@ def round_to(
   x = grid.relative(x, scale)
   threshold = 0.5
   if key is not None:
-    threshold = _rounding.uniform(_rounding.random_bits(key, x.shape))
+    noise = _rounding.random_bits(key, x.shape, even=grid.even)
+    threshold = _rounding.uniform(noise)
   code = jnp.clip(grid.below(x, scale), 0, grid.top)
   low, high = grid.value(code, scale), grid.value(code + 1, scale)
   up = threshold * (high - low) < x - low

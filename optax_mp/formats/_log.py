@@ -35,6 +35,7 @@ _NAN = 0x7FC00000
 # A grid is a word a block: ``low`` without its last 11 bits, then ``step`` as a
 # float of 5 bits of exponent and 7 of mantissa, all ones where not finite.
 _LOW_BITS, _STEP_BITS = 20, 12
+_STEP_MANTISSA = 7
 _DROPPED = 31 - _LOW_BITS
 _NOT_FINITE = 2**_STEP_BITS - 1
 
@@ -44,6 +45,7 @@ class Log:
   """Positions on the grid are in steps from ``low``; zero is at -1."""
 
   top: int
+  even: bool = True  # a second moment does not answer to its rounding
 
   def fit(self, x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     """The grid of each block, uint32, without the axes.
@@ -56,7 +58,10 @@ class Log:
     finite = (high < jnp.inf) & (low >= 0)  # False with a NaN
     low = _round_low(jnp.minimum(low, high))
     span = jnp.maximum(_words(high) - (low << _DROPPED), 0)
-    step = _round_step(span.astype(jnp.float32) / (self.top - 1))
+    # Of 254 steps one is spared: rounded, they may be longer by that much, and
+    # a largest value that is cut off cannot grow. Of 14 none is.
+    steps = self.top - 1 - (self.top > 2**_STEP_MANTISSA)
+    step = _round_step(span.astype(jnp.float32) / steps)
     grid = (low << _STEP_BITS) | jnp.where(finite, step, _NOT_FINITE)
     return grid.astype(jnp.uint32)
 

@@ -92,6 +92,7 @@ class Scaled:
 
   map: Map
   signed: bool
+  even: bool = False
 
   @property
   def top(self) -> int:

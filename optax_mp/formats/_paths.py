@@ -91,7 +91,7 @@ def leaf_key(key: chex.PRNGKey, path: Path, whose: str = '') -> chex.PRNGKey:
   By path and not by number, so that a leaf's noise does not depend on what else
   is in the tree, and leaves of different wrappers and groups differ. Costs no
   arithmetic: the hash is a constant of the program. The last word stays: it
-  counts the steps, and noise is even over them only if it does.
+  counts the steps, over which noise may have to be even.
   """
   if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
     words = leaf_key(jax.random.key_data(key), path, whose)

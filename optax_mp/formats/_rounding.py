@@ -88,25 +88,25 @@ def round_stochastic(bits: jax.Array, drop: int, noise: jax.Array) -> jax.Array:
   return (bits + (noise >> (32 - drop))) >> drop
 
 
-def random_bits(key: chex.PRNGKey, shape: tuple[int, ...]) -> jax.Array:
-  """Uniform uint32 noise of a key, its last word the number of a step.
+def random_bits(
+  key: chex.PRNGKey, shape: tuple[int, ...], even: bool = False
+) -> jax.Array:
+  """Uniform uint32 noise: a hash of the key and of each value's position.
 
-  A hash of each value's position and the other words of the key, plus a step of
-  2^32 / golden ratio for each step. Uniform over positions whatever the key is.
-  Over steps the draws of a value are a Weyl sequence, spread more evenly than
-  chance would: of n roundings that each go up with the probability f, not n f
-  +- sqrt(n f) go up but n f +- 1 or so. So what rounding adds to a long average
-  stays about a step of its format, where independent draws would let it walk.
-
-  It has no state and looks at global positions, so the draw is the same on any
-  number of devices; it is ten integer operations a value, which fuse into the
-  update without a temporary. (Threefry takes about seventy and, on the CPU,
-  12-16 bytes per value.)
+  A counter-based generator. It has no state and looks at global positions, so
+  the draw is the same on any number of devices; it is ten integer operations a
+  value, which fuse into the update without a temporary. (Threefry takes about
+  seventy and, on the CPU, 12-16 bytes per value.)
 
   Args:
-    key: a typed key or raw key data; each of its words but the last takes one
-      round.
+    key: a typed key or raw key data; each of its words takes one round.
     shape: the shape of the noise.
+    even: the last word of the key is the number of a step, and the draws of a
+      value over steps are a Weyl sequence (steps of 2^32 / golden ratio) that
+      starts at random. Of n roundings that each go up with the probability f,
+      n f +- 1 or so do, not n f +- sqrt(n f), so that less is added to a long
+      average. Only for what does not answer to its rounding, as a parameter
+      does through its gradient: the draws of two steps are not independent.
 
   Returns:
     uint32 of ``shape``.
@@ -114,10 +114,11 @@ def random_bits(key: chex.PRNGKey, shape: tuple[int, ...]) -> jax.Array:
   if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
     key = jax.random.key_data(key)
   words = list(key.astype(jnp.uint32))
+  step = words.pop() * _GOLDEN if even else jnp.uint32(0)
   bits = _position(shape) * _GOLDEN
-  for word in words[:-1]:
+  for word in words:
     bits = _mix(bits ^ word)
-  return bits + words[-1] * _GOLDEN
+  return bits + step
 
 
 def uniform(bits: jax.Array) -> jax.Array:

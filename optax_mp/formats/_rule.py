@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 import contextlib
 import contextvars
 import math
+import re
 from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
 import jax
@@ -53,6 +54,7 @@ def leaf_formats(
   rule: Rule,
   min_size: int = 0,
   params: Collection[_paths.Path] = (),
+  kept: re.Pattern[str] | None = None,
 ) -> list[_base.Format | None]:
   """The format of each leaf of ``tree``, in their order.
 
@@ -61,6 +63,7 @@ def leaf_formats(
     rule: see :func:`encode_tree`.
     min_size: smaller leaves stay as they are, as all that are not floats do.
     params: paths of the parameters, whose own fields are no state fields.
+    kept: where it is found in a parameter's path, leaves stay as they are.
 
   Returns:
     A format or None for each leaf.
@@ -69,24 +72,19 @@ def leaf_formats(
   variables = _paths.are_variables(params)
   found = _recorded.get()
   chosen = []
-  for path, leaf, fields in _leaves(tree, params):
-    format = None
+  for path, leaf, (state, param) in _leaves(tree, params):
+    format, note = None, f'fewer than min_size={min_size} values'
     name = _paths.path_str(path, variables)
     if is_float(leaf, min_size):
-      format = _choose(rule, name, leaf, fields)
+      if kept and kept.search(_paths.path_str(param, variables)):
+        note = f'kept by {kept.pattern!r}'
+      else:
+        format = _choose(rule, name, leaf, _paths.fields(state))
+        note = _fitted.note(format, leaf.shape) if format else 'by the rule'
     if is_float(leaf) and found is not None:
-      note = _note(format, leaf, min_size)
       found.append(Choice(name, leaf.shape, format, note))
     chosen.append(format)
   return chosen
-
-
-def _note(format: _base.Format | None, leaf: Any, min_size: int) -> str:
-  if format is not None:
-    return _fitted.note(format, leaf.shape)
-  if is_float(leaf, min_size):
-    return 'as the rule says'
-  return f'fewer than min_size={min_size} values'
 
 
 def check_fields(
@@ -97,9 +95,9 @@ def check_fields(
     return
   known = {
     field
-    for _, leaf, fields in _leaves(tree, params)
+    for _, leaf, (state, _) in _leaves(tree, params)
     if is_float(leaf)
-    for field in fields
+    for field in _paths.fields(state)
   }
   if unknown := set(rule) - known:
     raise ValueError(
@@ -131,11 +129,11 @@ def is_float(leaf: Any, min_size: int = 0) -> bool:
 
 def _leaves(
   tree: Any, params: Collection[_paths.Path]
-) -> list[tuple[_paths.Path, Any, list[str]]]:
-  """Path, leaf and state fields of each leaf of a state."""
+) -> list[tuple[_paths.Path, Any, tuple[_paths.Path, _paths.Path]]]:
+  """Path, leaf, and the path cut in the state's part and the parameter's."""
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   parts = _paths.split_paths([path for path, _ in leaves], params)
-  return [(path, x, _paths.fields(parts[path][0])) for path, x in leaves]
+  return [(path, x, parts[path]) for path, x in leaves]
 
 
 def _choose(

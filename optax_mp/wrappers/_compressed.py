@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The state of any optimizer, kept in any format."""
 
+import re
 from typing import Any, NamedTuple
 
 import chex
@@ -93,15 +94,28 @@ def keep_compressed(
   min_size: int,
   seed: int,
   may_do_nothing: bool,
+  kept: re.Pattern[str] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-  """:func:`compressed`; a recipe may have small leaves only."""
+  """:func:`compressed`; a recipe may have small leaves only.
+
+  Args:
+    inner: see :func:`compressed`.
+    rule: see there.
+    min_size: see there.
+    seed: see there.
+    may_do_nothing: whether the rule may match nothing.
+    kept: found in the path of a parameter, its state stays as it is.
+
+  Returns:
+    A transformation.
+  """
   _rule.check_rule(rule)
   _check_min_size(min_size)
   inner, seed = _common.checked(inner, seed)
 
   def choose(like, params):
     paths = _paths.param_paths(params)
-    return _rule.leaf_formats(like, rule, min_size, paths)
+    return _rule.leaf_formats(like, rule, min_size, paths, kept)
 
   @_common.laid_out
   def build(params):
