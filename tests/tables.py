@@ -127,12 +127,10 @@ def logarithmic(top, share=0.5):
 
   def bound(x):
     x = np.abs(x)
-    low, high = word_range(x)
-    # The step has 8 significant bits, so the last code may be 2^-8 of all steps
-    # too low; the first one is rounded, by up to 1024.
-    step, last = (high - low) / (top - 1), 2**-8 * (high - low)
-    move = np.where(word(x) > high - step, np.maximum(share * step, last), 0.0)
-    move = np.maximum(move, share * (1 + 2**-8) * step) + 1024
+    low, high, step = word_range(x, top)
+    # The last code may be too low, the first one is rounded, by up to 1024.
+    last = np.where(word(x) > high - step, 2**-8 * (high - low), 0.0)
+    move = np.maximum(share * step, last) + 1024
     low, high = value(word(x) - move), value(word(x) + move)
     x = x.astype(np.float64)
     return np.maximum(x - low, high - x) * (x > 0)
@@ -140,10 +138,14 @@ def logarithmic(top, share=0.5):
   return bound
 
 
-def word_range(x):
-  """The least and the largest word of each value's group."""
+def word_range(x, top):
+  """Least and largest word of each value's group, and the steps between.
+
+  A step has 8 significant bits, and one of them may be spared for that.
+  """
   low = -largest(-np.where(x >= TINY, x, np.float32(np.inf)))
-  return word(np.minimum(low, largest(x))), word(largest(x))
+  low, high = word(np.minimum(low, largest(x))), word(largest(x))
+  return low, high, (1 + 2**-8) * (high - low) / (top - 2)
 
 
 def word(x):

@@ -38,7 +38,24 @@ def recipe():
   return optax_mp.adamw_bf16(1e-2, weight_decay=0.1, min_size=0)
 
 
-TRANSFORMATIONS = {'recipe': recipe, 'by-path': by_path}
+def eight_bits():
+  """Blocks, and float32 where the path says so."""
+  return optax_mp.adamw_8bit(
+    1e-2, weight_decay=0.1, min_size=0, keep_float32='bias'
+  )
+
+
+def four_bits():
+  """int4 arrays."""
+  return optax_mp.adamw_4bit(1e-2, min_size=0)
+
+
+TRANSFORMATIONS = {
+  'recipe': recipe,
+  'by-path': by_path,
+  'eight-bits': eight_bits,
+  'four-bits': four_bits,
+}
 
 
 class LinenMLP(flax.linen.Module):
