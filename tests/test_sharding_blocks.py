@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Blocks on eight devices: the same codes, no word between devices."""
+
+import re
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+import numpy as np
+import optax
+import pytest
+
+import optax_mp
+
+SHAPE = (64, 1024)  # a shard keeps whole tiles of (8, 128) along either axis
+RECIPES = {
+  'adamw_8bit': optax_mp.adamw_8bit,
+  'adamw_4bit': optax_mp.adamw_4bit,
+  'coat_adamw': optax_mp.coat_adamw,
+}
+COLLECTIVE = re.compile(
+  r'all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter'
+)
+
+
+def host(seed):
+  rng = np.random.default_rng(seed)
+  return rng.normal(size=SHAPE).astype(jnp.bfloat16)
+
+
+def make_step(tx):
+  def step(params, state, gradients):
+    updates, state = tx.update(gradients, state, params)
+    return optax.apply_updates(params, updates), state
+
+  return jax.jit(step)
+
+
+def train(tx, put):
+  """(parameters, state, the step) after two steps."""
+  params, step = put(host(0)), make_step(tx)
+  state = tx.init(params)
+  for seed in (1, 2):
+    params, state = step(params, state, put(host(seed)))
+  return params, state, step
+
+
+@pytest.mark.parametrize('kind', [AxisType.Auto, AxisType.Explicit], ids=str)
+@pytest.mark.parametrize('spec', [P('d', None), P(None, 'd')], ids=str)
+@pytest.mark.parametrize('name', RECIPES)
+def test_the_same_codes_on_eight_devices(name, spec, kind):
+  """Exact: codes, scales and parameters, after two steps."""
+  if jax.device_count() < 8:
+    pytest.skip('needs 8 devices')
+  tx = RECIPES[name](1e-2)
+  alone, alone_state, _ = train(tx, jnp.asarray)
+  mesh = jax.make_mesh((8,), ('d',), axis_types=(kind,))
+  sharding = NamedSharding(mesh, spec)
+  with jax.set_mesh(mesh):
+    start = tx.init(jax.device_put(host(0), sharding))
+    params, state, step = train(tx, lambda x: jax.device_put(x, sharding))
+    text = step.lower(params, state, params).compile().as_text()
+  for tree in (start, state):
+    for leaf in jax.tree.leaves(tree):
+      if leaf.ndim == 2:  # codes, scales and residual
+        assert leaf.sharding.is_equivalent_to(sharding, 2)
+  assert not COLLECTIVE.findall(text)
+  as_words = lambda x: np.asarray(x).astype(np.float32)  # noqa: E731
+  chex.assert_trees_all_equal(
+    jax.tree.map(as_words, (params, state)),
+    jax.tree.map(as_words, (alone, alone_state)),
+  )
