@@ -49,7 +49,7 @@ class Family:
 # 2e-3 it gets further in as many steps, but small differences grow there: the
 # standard errors of gaps are several times as large.
 FAMILIES = {
-  'adamw': Family(1e-3, {'b2': 0.999, 'weight_decay': 0.1}),
+  'adamw': Family(1e-3, {'b2': 0.99, 'weight_decay': 0.1}),
   'sgd': Family(0.1, {'momentum': 0.9}),
   'lion': Family(2e-4, {'b1': 0.95, 'b2': 0.98, 'weight_decay': 0.5}),
   'muon': Family(5e-3, {}),
