@@ -289,27 +289,11 @@ FORMATS = {
   'feedback-split': FormatRow(
     formats.ErrorFeedback(BF16('stochastic'), SPLIT(8)), 40, 2**-21
   ),
-  'sqrt-8': block_int('sqrt', 8, odd=True),
   'sqrt-8-stochastic': block_int('sqrt', 8, rounding='stochastic', odd=True),
-  'sqrt-8-unsigned': block_int('sqrt', 8, False),
-  'sqrt-4': block_int('sqrt', 4),
-  'sqrt-4-unsigned': block_int('sqrt', 4, False),
-  'log-8': block_int('log', 8, False, odd=True),
   'log-8-stochastic': block_int('log', 8, False, 'stochastic'),
-  'log-4': block_int('log', 4, False),
   'log-4-stochastic': block_int('log', 4, False, 'stochastic'),
-  'dynamic-8': block_int('dynamic', 8),
-  'dynamic-8-unsigned': block_int('dynamic', 8, False),
   'dynamic-4': block_int('dynamic', 4, odd=True),
-  'dynamic-4-unsigned': block_int('dynamic', 4, False),
-  'softsign-8': block_int('softsign', 8),
-  'softsign-8-unsigned': block_int('softsign', 8, False),
-  'softsign-4': block_int('softsign', 4),
   'softsign-4-stochastic': block_int('softsign', 4, rounding='stochastic'),
-  'softsign-4-unsigned': block_int('softsign', 4, False),
-  'linear-8': block_int('linear', 8),
-  'linear-8-unsigned': block_int('linear', 8, False),
-  'linear-4': block_int('linear', 4),
   'linear-4-unsigned': block_int('linear', 4, False),
   'linear-4-rank1': block(
     INT(4, False, 'linear', scale='rank1'),
@@ -325,21 +309,6 @@ FORMATS = {
   'e4m3-stochastic': block(
     formats.Float8(rounding='stochastic'), 8.25, expanded(E4M3, 1.0), **POWERS
   ),
-  'e4m3-plain': block(
-    formats.Float8(expand=False),
-    8.25,
-    scaled(E4M3 / E4M3[-1], whole=[0]),
-    nonzero=True,
-    **DIVIDED,
-  ),
-  'e5m2': block(formats.Float8('e5m2'), 8.25, expanded(E5M2), **POWERS),
-  'e5m2-plain': block(
-    formats.Float8('e5m2', expand=False),
-    8.25,
-    scaled(E5M2 / E5M2[-1], whole=[0]),
-    nonzero=True,
-    **DIVIDED,
-  ),
   'factored': block(
     formats.Factored(),
     32 * (256 + 1024) / (256 * 1024),
@@ -353,13 +322,6 @@ FORMATS = {
     axes=2,
     ulps=3 * 33,  # three sums of up to 33 values, in any order
     odd=True,
-  ),
-  'feedback-8-4': block(
-    formats.ErrorFeedback(INT(8), INT(4)),
-    12.5,
-    feedback(scaled(codes('sqrt', 127)), codes('sqrt', 7)),
-    fixed=None,
-    ulps=4,
   ),
   'feedback-8-4-unsigned': block(
     formats.ErrorFeedback(INT(8, False), INT(4)),

@@ -50,7 +50,7 @@ class Factored:
     0.015625
 
   **Caveats:** what is not of rank 1 is lost; for second moments only. A
-  negative value makes NaN of its row and column. Leading axes are kept: a stack
+  negative value makes NaN of its matrix. Leading axes are kept: a stack
   of layers has factors for each.
 
   References:
@@ -85,7 +85,7 @@ class Factored:
     row, column = map(jnp.asarray, stored)
     mean = jnp.mean(row, -1, keepdims=True)
     # Divided before multiplied: the product of two small means underflows.
-    share = row / jnp.where(mean > 0, mean, 1.0)
+    share = row / jnp.where(mean == 0, 1.0, mean)
     product = share[..., :, None] * column[..., None, :]
     nonzero = (row > 0)[..., :, None] & (column > 0)[..., None, :]
     product = jnp.where(nonzero, jnp.maximum(product, _TINY), product)
