@@ -112,7 +112,7 @@ def assemble(
 
 def _pattern(keep_float32: Any) -> re.Pattern[str]:
   try:
-    if isinstance(keep_float32, str):
+    if isinstance(keep_float32, (str, re.Pattern)):
       return re.compile(keep_float32)
     reason = f'a {type(keep_float32).__name__}'
   except re.error as error:

@@ -14,7 +14,6 @@ from optax_mp.formats import _dynamic
 from optax_mp.formats import _grids
 from optax_mp.formats import _log
 from optax_mp.formats import _maps
-from optax_mp.formats import _span
 
 _MAPS = ('sqrt', 'log', 'dynamic', 'softsign', 'linear')
 
@@ -42,7 +41,7 @@ class BlockInt:
     \qquad \mathrm{decode} = \mathrm{sign}\; v(n)\, s,
 
   or, rounded stochastically, one of the two codes around x, with probabilities
-  that make the mean of what is decoded x ('log' with 4 bits: of its logarithm,
+  that make the mean of what is decoded x ('log': of its logarithm, taken
   linear between powers of two).
 
   =========== ======================================== ====================
@@ -163,7 +162,7 @@ class BlockInt:
   def _grid(self) -> _grids.Grid:
     top = 2 ** (self.bits - self.signed) - 1
     if self.map == 'log':
-      return _log.Log(top) if self.bits == 8 else _span.Span(top)
+      return _log.Log(top)
     if self.map == 'dynamic':
       tree = _dynamic.Dynamic(self.bits - 1, doubled=not self.signed)
       return _maps.Scaled(tree, self.signed)

@@ -84,6 +84,7 @@ class Factored:
     """Rows times columns, divided by the mean of all."""
     row, column = map(jnp.asarray, stored)
     mean = jnp.mean(row, -1, keepdims=True)
+    mean = jnp.where(mean < jnp.inf, mean, jnp.nan)
     # Divided before multiplied: the product of two small means underflows.
     share = row / jnp.where(mean == 0, 1.0, mean)
     product = share[..., :, None] * column[..., None, :]

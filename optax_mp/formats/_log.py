@@ -1,17 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A logarithmic grid between the smallest and the largest value of a block.
+"""A logarithmic grid from the smallest to the largest value of a block.
 
 The word of a positive float32 is its logarithm: 2^23 (log2 x + 127), exactly at
 powers of two and linearly between them. So a grid of equal steps in the word is
 one of equal ratios in the value, and needs no logarithm:
 
-    word = step (base + code - 1),    code = 1 ... top;    code 0 is zero.
+    word = low + step (code - 1),    code = 1 ... top;    code 0 is zero.
 
-``step`` is the smallest of eight sizes an octave that reaches from the smallest
-value of the block to the largest. The grid is anchored at the word 0 and not at
-the block: as long as the ratio of the two stays within an eighth of an octave,
-stored values stay grid points, whatever the maximum does, and what is rounded
-is only what an average moves in a step.
+``low`` is the smallest value of the block and with ``step`` the last code is
+the largest, both to nearest: within a code, of 254. Were the ends rounded
+outwards the block would reach further in the next step of an optimizer, and
+with sixteen codes, each as large as an octave, its steps would grow again.
+
+Rounded stochastically, the mean is right in the word. That is the mean of the
+value between two powers of two. Between values that are an octave apart, the
+mean of the values would say nothing of the mean of their inverse roots, by
+which Adam multiplies.
 
 Multiplied by a power of two, a block has the same codes.
 """
@@ -28,13 +32,17 @@ from optax_mp.formats import _rounding
 _NORMAL = 0x00800000  # the word of the smallest normal number
 _LARGEST = 0x7F7FFFFF
 _NAN = 0x7FC00000
-_FREE = 0xFF  # the bits of a grid that hold nothing
-_NOT_FINITE = 0xFF  # in place of a size
+# A grid is a word a block: ``low`` without its last 11 bits, then ``step`` as a
+# float of 5 bits of exponent and 7 of mantissa, all ones where not finite.
+_LOW_BITS, _STEP_BITS = 20, 12
+_STEP_MANTISSA = 7
+_DROPPED = 31 - _LOW_BITS
+_NOT_FINITE = 2**_STEP_BITS - 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Log:
-  """The grid as one word a block: size of the step, base, 8 bits unused."""
+  """Positions on the grid are in steps from ``low``; zero is at -1."""
 
   top: int
   even: bool = True  # a second moment does not answer to its rounding
@@ -48,72 +56,72 @@ class Log:
     high = _blocks.largest(x, axes)
     low = _blocks.smallest(jnp.where(x == 0, jnp.inf, x), axes)
     finite = (high < jnp.inf) & (low >= 0)  # False with a NaN
-    return jnp.where(finite, self._between(low, high), _not_finite())
-
-  def _between(self, low: jax.Array, high: jax.Array) -> jax.Array:
-    low, high = (lax.bitcast_convert_type(x, jnp.int32) for x in (low, high))
-    low = jnp.maximum(jnp.minimum(low, high), _NORMAL)
-    # As both ends are rounded to the grid, it has two steps fewer than codes.
-    span = jnp.maximum(high - low, 0).astype(jnp.float32)
-    size = _smallest_size(span / (self.top - 2))
-    return _pack(size, lax.div(low, _step(size)))
+    low = _round_low(jnp.minimum(low, high))
+    span = jnp.maximum(_words(high) - (low << _DROPPED), 0)
+    # Of 254 steps one is spared: rounded, they may be longer by that much, and
+    # a largest value that is cut off cannot grow. Of 14 none is.
+    steps = self.top - 1 - (self.top > 2**_STEP_MANTISSA)
+    step = _round_step(span.astype(jnp.float32) / steps)
+    grid = (low << _STEP_BITS) | jnp.where(finite, step, _NOT_FINITE)
+    return grid.astype(jnp.uint32)
 
   def relative(self, x: jax.Array, grid: jax.Array) -> jax.Array:
-    """The value itself: the grid is absolute."""
-    del grid
-    return x
+    """Steps from ``low``."""
+    words = _words(x)
+    low, step = _unpack(grid, words >> 31)
+    steps = (words - low).astype(jnp.float32) / step
+    steps = jnp.clip(steps, 0.0, self.top - 1)
+    return jnp.where(words < _NORMAL, -1.0, steps)
 
-  def below(self, x: jax.Array, grid: jax.Array) -> jax.Array:
-    """The largest code whose value is at most x."""
-    words = lax.bitcast_convert_type(x, jnp.int32)
-    step, base = _unpack(grid, words)
-    steps = (words - base * step).astype(jnp.float32) / step.astype(jnp.float32)
-    code = jnp.floor(steps).astype(jnp.int32) + 1
-    return jnp.where(words < _NORMAL, 0, code)
+  def below(self, position: jax.Array, grid: jax.Array) -> jax.Array:
+    """The last code before a position."""
+    del grid
+    return jnp.floor(position).astype(jnp.int32) + 1
 
   def value(self, code: jax.Array, grid: jax.Array) -> jax.Array:
-    """The float32 of a code; NaN in a block that is not finite."""
-    step, base = _unpack(grid, code)
-    words = jnp.maximum(step * (base + code - 1), _NORMAL)
+    """The position of a code."""
+    del grid
+    return (code - 1).astype(jnp.float32)
+
+  def absolute(self, position: jax.Array, grid: jax.Array) -> jax.Array:
+    """The value at a position; NaN in a block that is not finite."""
+    low, step = _unpack(grid, (position + 1).astype(jnp.int32) >> 8)
+    words = low + jnp.round(position * step).astype(jnp.int32)
     words = jnp.where(words > _LARGEST, _LARGEST, words)
-    words = jnp.where(code > 0, words, 0)
-    words = jnp.where(step == 0, _NAN, words)
+    words = jnp.where(position < 0, 0, jnp.maximum(words, _NORMAL))
+    words = jnp.where(step >= 2.0**31, _NAN, words)
     return lax.bitcast_convert_type(words, jnp.float32)
 
-  def absolute(self, value: jax.Array, grid: jax.Array) -> jax.Array:
-    """The value itself."""
-    del grid
-    return value
+
+def _words(x: jax.Array) -> jax.Array:
+  return lax.bitcast_convert_type(x, jnp.int32)
 
 
-def _pack(size: jax.Array, base: jax.Array) -> jax.Array:
-  return ((size << 24) | (base << 8)).astype(jnp.uint32)
+def _round_low(low: jax.Array) -> jax.Array:
+  """The word of the smallest value to nearest, 13 significant bits."""
+  words = jnp.clip(_words(low), 0, _LARGEST - 2**_DROPPED)
+  return (words + 2 ** (_DROPPED - 1)) >> _DROPPED
 
 
-def _not_finite() -> jax.Array:
-  return jnp.uint32(_NOT_FINITE) << 24
+def _round_step(step: jax.Array) -> jax.Array:
+  """A step of 1 to 2^30 words to nearest, 8 significant bits."""
+  bits = _words(jnp.maximum(step, 1.0))
+  return ((bits + 0x8000) >> 16) - (127 << 7)
 
 
-def _unpack(grid: jax.Array, other: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Step and base; ``other`` is any number a value, its low bits are free.
+def _unpack(grid: jax.Array, zero: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """``low`` and ``step``; of step, 2^31 or more says that it is not finite.
 
-  Were it not for them, XLA would unpack before it broadcasts, and on a TPU each
-  array of a number a block is padded to half a byte a value.
+  Args:
+    grid: for each value.
+    zero: a zero for each value, of which XLA does not know that it is one. It
+      would unpack before it broadcasts, and on a TPU each array of a number a
+      block is padded to half a byte a value.
+
+  Returns:
+    A word, int32, and a number of words, float32.
   """
-  word = grid + (other & _FREE).astype(jnp.uint32)
-  size, base = word >> 24, (word >> 8) & 0xFFFF
-  return _step(size.astype(jnp.int32)), base.astype(jnp.int32)
-
-
-def _step(size: jax.Array) -> jax.Array:
-  """The words of a step: (8 + size mod 8) 2^(12 + size div 8).
-
-  From 2^-8 octaves; 0 for the size 0xFF, which shifts all bits out.
-  """
-  return (8 + (size & 7)) << (12 + (size >> 3))
-
-
-def _smallest_size(step: jax.Array) -> jax.Array:
-  """The size of a step, rounded up; a float32 has the same form."""
-  bits = _rounding.to_bits(jnp.maximum(step, 2.0**15)).astype(jnp.int32)
-  return ((bits + 0xFFFFF) >> 20) - ((127 + 15) << 3)
+  grid = grid + zero.astype(jnp.uint32)
+  low = (grid >> _STEP_BITS).astype(jnp.int32) << _DROPPED
+  step = ((grid & _NOT_FINITE) << 16) + jnp.uint32(127 << 23)
+  return low, _rounding.from_bits(step)

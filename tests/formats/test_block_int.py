@@ -56,19 +56,22 @@ def round_trip(format, x, key=None):
   return np.asarray(store(format, x, key)[1])
 
 
-def ranks(format, x):
+def ranks(format, x, key=None):
   """Codes, counted from the least of them."""
-  codes = np.asarray(store(format, x)[0].codes).astype(np.int32)
+  codes = np.asarray(store(format, x, key)[0].codes).astype(np.int32)
   return codes - lowest_code(format)
 
 
 def lowest_code(format):
   """What is stored of the least value of a codebook."""
-  symmetric = format.signed and format.map != 'dynamic'
-  if symmetric:
+  if format.signed and format.map != 'dynamic':
     return 1 - 2 ** (format.bits - 1)
-  dtype = jax.eval_shape(format.encode, jnp.ones(BLOCK)).codes.dtype
-  return int(jnp.iinfo(dtype).min)
+  return int(jnp.iinfo(code_dtype(format)).min)
+
+
+def code_dtype(format):
+  x, key = jnp.ones(BLOCK), jax.random.key(0)
+  return jax.eval_shape(format.encode, x, key).codes.dtype
 
 
 def in_unit_blocks(values):
@@ -87,8 +90,8 @@ def dense(signed):
 def decode(format, codes, scales):
   """The values of codes that are counted from the least."""
   like = jax.ShapeDtypeStruct(codes.shape, jnp.float32)
-  dtype = jax.eval_shape(format.encode, like).codes.dtype
-  codes = jnp.asarray(codes + lowest_code(format), jnp.int32).astype(dtype)
+  codes = jnp.asarray(codes + lowest_code(format), jnp.int32)
+  codes = codes.astype(code_dtype(format))
   return np.asarray(format.decode(formats.Block(codes, scales), like))
 
 
@@ -118,6 +121,23 @@ def test_codes_are_the_nearest_of_the_table(bits, signed, map):
   chex.assert_trees_all_equal(seen[~tie], nearest[~tie].astype(np.int32))
   assert np.all((either[0] <= seen) & (seen <= either[1]))
   assert np.count_nonzero(tie) < x.size / 1000
+
+
+@over_codebooks
+def test_noise_takes_one_of_two_codes_and_is_fair(bits, signed, map):
+  """Exact; and statistical: in bins, an error has a sigma of 1/2 or less."""
+  format = formats.BlockInt(
+    bits, signed, map, rounding='stochastic', keep_nonzero=False
+  )
+  x, table = dense(signed), codebook(bits, signed, map)
+  seen = ranks(format, x, jax.random.key(0))
+  margin, x = ROUNDINGS * np.abs(x), x.astype(np.float64)
+  low = np.searchsorted(table, x - margin, 'right') - 1
+  high = np.minimum(np.searchsorted(table, x + margin), len(table) - 1)
+  assert np.all((np.maximum(low, 0) <= seen) & (seen <= high))
+  inside = (low >= 0) & (high - low == 1)
+  error = (table[seen] - x)[inside] / (table[high] - table[low])[inside]
+  assert np.abs(error.sum()) <= 5 * 0.5 * np.sqrt(error.size)
 
 
 def test_the_published_tables():
@@ -292,22 +312,23 @@ def test_rank_one_of_a_vector_has_blocks():
 
 
 def log_blocks():
-  """Blocks of 1 to 2^-60, their values in any order."""
+  """Blocks of 2 to 60 octaves, their values in any order."""
   x = 2.0 ** -np.random.default_rng(0).uniform(0, 1, (8, BLOCK))
-  return (x ** np.linspace(1, 60, 8)[:, None]).astype(np.float32)
+  return (x ** np.linspace(2, 60, 8)[:, None]).astype(np.float32)
 
 
 @both_widths
 def test_logarithms_use_all_codes(bits):
-  """Derived: rounded to 8 bits, steps are up to 2^-8 longer, and one is spared.
+  """Derived: of 253 steps an eighth is lost to sizes; of 14 none, to 2^-8.
 
-  The first code is the smallest value of its block.
+  The first code, or the one after it, is the smallest value of its block.
   """
   x, top = log_blocks(), 2**bits - 1
   codes = ranks(formats.BlockInt(bits, False), x)
-  assert np.all((codes == 1) >= (x == x.min(1, keepdims=True)))
-  assert np.all(codes.max(1) >= (top - 2) * (1 - 2**-8))
-  assert codes.min() == 1
+  smallest = codes[x == x.min(1, keepdims=True)]
+  assert np.all((smallest == 1) | (smallest == 1 + (bits == 8)))
+  used = {8: (top - 2) * 8 / 9, 4: (top - 1) * (1 - 2**-8)}[bits]
+  assert np.all(codes.max(1) >= used) and codes.min() == 1
 
 
 @both_widths
@@ -334,14 +355,28 @@ def test_values_on_the_grid_stay_there(bits):
   chex.assert_trees_all_equal(np.asarray(twice)[same], moved[same])
 
 
+@pytest.mark.xfail(
+  strict=True, reason='253 steps times 1 / 253 are found to be more than one'
+)
+def test_a_grid_that_just_fits_is_kept():
+  """Exact: a block from the first code to the last but one, of all steps."""
+  steps = np.array([(8 + i) << 13 for i in range(8)])[:, None]
+  first = 0x3F000000 // steps
+  words = steps * (first + np.resize(np.arange(254), (8, 2 * BLOCK)))
+  x = words.astype(np.int32).view(np.float32)
+  format = formats.BlockInt(8, False, block_size=2 * BLOCK)
+  chex.assert_trees_all_equal(round_trip(format, x), x)
+
+
 @both_widths
-def test_equal_values_have_thirteen_bits(bits):
-  """Derived: the smallest of a block is rounded to 13 significant bits."""
+def test_equal_values(bits):
+  """Derived: the smallest step is 2^-8, and 4 bits have it rounded to 2^-12."""
   x = (
     np.full((8, BLOCK), 0.3, np.float32) * np.arange(1, 9, dtype='f4')[:, None]
   )
   seen = round_trip(formats.BlockInt(bits, False), x)
-  assert np.all(np.abs(seen.astype(np.float64) - x) <= 2.0**-13 * x)
+  half_step = {8: 2.0**-9, 4: 2.0**-13}[bits]
+  assert np.all(np.abs(seen.astype(np.float64) - x) <= half_step * x)
 
 
 @both_widths

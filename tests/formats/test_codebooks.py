@@ -64,8 +64,10 @@ def test_the_4_bit_tree_is_the_published_one():
 def test_codes_decode_to_the_table(format, table):
   """Claim: entry by entry, within 1e-6 of the value."""
   dtype = format.encode(jnp.ones(BLOCK)).codes.dtype
-  codes = jnp.arange(len(table)).astype(dtype)
-  got = format.decode(formats.Block(codes, jnp.ones(())), jnp.zeros(len(table)))
+  codes = np.resize(np.arange(len(table)), 256) + jnp.iinfo(dtype).min
+  blocks = 256 // format.block_size
+  stored = formats.Block(jnp.asarray(codes).astype(dtype), jnp.ones(blocks))
+  got = format.decode(stored, jnp.zeros(256))[: len(table)]
   np.testing.assert_allclose(got, table, rtol=1e-6, atol=0)
 
 
@@ -162,24 +164,6 @@ def test_a_bad_value_spoils_its_block_alone():
       spoiled = np.zeros(x.shape, bool)
       spoiled[5, 128:] = True
       np.testing.assert_array_equal(np.isnan(seen), spoiled)
-
-
-@pytest.mark.parametrize('bits', [8, 4])
-def test_logarithmic_codes_reach_both_ends(bits):
-  """Exact codes; values derived: ends have 13 bits, steps 8."""
-  x = np.geomspace(1e-6, 3.0, BLOCK).astype(np.float32)
-  format = formats.BlockInt(bits, False)
-  stored = format.encode(x)
-  codes = np.asarray(stored.codes.astype(jnp.int32))
-  codes -= jnp.iinfo(stored.codes.dtype).min
-  top = 2**bits - 1
-  assert codes[0] == 1 and top - 2 <= codes[-1] <= top
-  seen = np.asarray(format.decode(stored, x))
-  np.testing.assert_allclose(seen[0], x[0], rtol=2.0**-13)
-  octaves = np.log2(x[-1] / x[0])
-  np.testing.assert_allclose(
-    np.log2(seen[-1] / x[-1]), 0, atol=octaves * 2.0**-8 + octaves / top
-  )
 
 
 def test_blocks_and_rows():

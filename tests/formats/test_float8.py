@@ -58,10 +58,10 @@ def test_all_numbers_are_those_of_the_dtype(dtype):
   chex.assert_trees_all_equal(
     np.asarray(numbers.number(codes), np.float64), table
   )
-  exact = table.astype(np.float32)
-  chex.assert_trees_all_equal(np.asarray(numbers.code(exact)), codes)
-  below = np.nextafter(exact[1:], np.float32(0))
-  chex.assert_trees_all_equal(np.asarray(numbers.code(below)), codes[:-1])
+  exact = jnp.asarray(table, jnp.float32)
+  chex.assert_trees_all_equal(numbers.code(exact), codes)
+  below = jnp.nextafter(exact[1:], jnp.zeros(()))
+  chex.assert_trees_all_equal(numbers.code(below), codes[:-1])
 
 
 def in_blocks(values, largest):
