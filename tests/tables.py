@@ -17,7 +17,6 @@ BF16 = formats.BFloat16
 SPLIT = formats.Split
 INT = formats.BlockInt
 TINY = 2.0**-126  # the smallest normal number
-ULP = 2.0**-22  # two roundings of float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +42,6 @@ class FormatRow:
   nonzero: bool = True  # and others never as zeros
   fixed: int | None = 0  # ulps by which a second store moves; None: a bin
   log_codes: int = 0  # how many, where logarithms are rounded
-  anchored: bool = False  # the grid does not move with its block
   axes: int = 0  # arrays of fewer are refused
   ulps: int = 0  # by which two programs may differ in what they decode
   slop: float = 0.0  # what float32 adds to `bound`, relative to values
@@ -140,25 +138,6 @@ def logarithmic(top, share=0.5):
   return bound
 
 
-def anchored(top, share=0.5):
-  """Bins of equal steps of the word from 0 on, of eight sizes an octave."""
-  sizes = np.array([(8 + i) * 2**j for j in range(12, 28) for i in range(8)])
-
-  def bound(x):
-    x = np.abs(x)
-    low, high, _ = word_range(x, top)
-    need = np.maximum((high - low) / (top - 2), 2**15)
-    # The step that spans the group exactly may be found to be too small.
-    steps = [sizes[np.searchsorted(sizes, need * (1 + e))] for e in (-ULP, ULP)]
-    return np.maximum(*(bins(x, step) for step in steps))
-
-  def bins(x, step):
-    below = word(x) // step * step
-    return share * (value(below + step) - value(below)) * (x > 0)
-
-  return bound
-
-
 def word_range(x, top):
   """Least and largest word of each value's group, and the steps between.
 
@@ -250,7 +229,6 @@ DIVIDED: dict[str, Any] = {'ulps': 4, 'fixed': 4}
 # Grids that depend on the smallest value of a block, too. They need no
 # reciprocal of the largest, which is not a normal number above 2^126.
 ENDS: dict[str, Any] = {'fixed': None, 'high': 1e38}
-ANCHORED: dict[str, Any] = {'anchored': True}
 # fp8 numbers to a power: logarithms of 33 octaves have 2^-18 of one.
 POWERS: dict[str, Any] = {'nonzero': True, 'slop': 2**-16, **ENDS}
 # The largest of a signed tree is +1: blocks shrink if theirs is negative.
@@ -270,10 +248,9 @@ def block_int(
 ):
   """The row of a `BlockInt` that is named by what it does."""
   share = 0.5 if rounding == 'nearest' else 1.0
-  if map == 'log' and bits == 8:
-    bound, own = anchored(255, share), ENDS | ANCHORED
-  elif map == 'log':
-    bound, own = logarithmic(15, share), ENDS | {'log_codes': 15}
+  if map == 'log':
+    top = 2**bits - 1
+    bound, own = logarithmic(top, share), ENDS | {'log_codes': top}
   else:
     values, whole, own = codebook(map, bits, signed)
     bound = scaled(values, share, whole)
@@ -356,12 +333,11 @@ FORMATS = {
   'feedback-8-4-unsigned': block(
     formats.ErrorFeedback(INT(8, False), INT(4)),
     12.5,
-    feedback(anchored(255), codes('sqrt', 7), relative=True),
+    feedback(logarithmic(255), codes('sqrt', 7), relative=True),
     signed=False,
     nonzero=True,
     ulps=2,
     odd=True,
-    **ANCHORED,
     **ENDS,
   ),
 }

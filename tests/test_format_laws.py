@@ -317,22 +317,12 @@ def test_sign_symmetry(row, x):
 @pytest.mark.parametrize('name', ['normal', 'blocks'])
 @pytest.mark.parametrize('exponent', [-60, -7, 3, 60])
 def test_a_power_of_two_changes_nothing(row, name, exponent):
-  """Exact: gradients have no natural size, so there is no floor or ceiling.
-
-  A grid that is anchored has bins of the same size in another place: derived,
-  the first one is off by up to one, and a value is rounded by up to one.
-  """
+  """Exact: gradients have no natural size, so there is no floor or ceiling."""
   if row.high < 1e30:
     pytest.skip('has the range of float16')
   x = array(row, name)
   stored, seen = store(row.format, x)
   other, scaled = store(row.format, x * 2.0**exponent)
-  if row.anchored:
-    codes, others = (visible(y).codes.astype(int) for y in (stored, other))
-    assert np.all(np.abs(codes - others) <= 2)
-    error = np.abs(np.asarray(scaled, np.float64) * 2.0**-exponent - x)
-    assert np.all(error <= bound(row, x * 2.0**exponent) * 2.0**-exponent)
-    return
   chex.assert_trees_all_equal(words(scaled), words(seen * 2.0**exponent))
   if isinstance(stored, formats.Block):
     chex.assert_trees_all_equal(words(stored.codes), words(other.codes))
@@ -426,19 +416,11 @@ def test_nan_is_kept(row, word):
       assert np.all(np.isnan(np.asarray(visible(stored), np.float32)))
 
 
-# A fault that this law has found, to be taken away with it.
-INFINITE = pytest.mark.xfail(
-  strict=True, reason='shares of an infinite mean are 0: others are tiny'
-)
-
-
 @over_rows
 @pytest.mark.parametrize('name', ['normal', 'blocks'])
 @pytest.mark.parametrize('odd', [np.nan, np.inf, -np.inf], ids=str)
-def test_nan_beside_numbers_changes_nothing(row, name, odd, request):
+def test_nan_beside_numbers_changes_nothing(row, name, odd):
   """Exact: nothing but what shares a scale with it, and there it is seen."""
-  if row.shares == 'matrix' and odd == np.inf:
-    request.applymarker(INFINITE)
   x = np.array(array(row, name))
   alone = round_trip(row.format, x)
   spoiled = np.zeros(x.shape, bool)
