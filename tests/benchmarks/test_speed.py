@@ -7,14 +7,26 @@ import functools
 from rich import progress
 
 from contenders import CONTENDERS
+from contenders import FAMILIES
 import quality
 import results
 import speed
 
 SIZES = {'layers': 1, 'width': 64, 'heads': 2, 'context': 16, 'batch': 2}
 TINY = dataclasses.replace(speed.SMALL, **SIZES)
+
+
 # Compiled once for all tests.
-_build = functools.cache(quality.build)
+@functools.cache
+def _compiled(config, contender):
+  return quality.build(config, contender, FAMILIES[contender.family])
+
+
+def _build(config, contender, family):
+  del family
+  return _compiled(config, contender)
+
+
 NAMES = ['optax.adamw, float32', 'adamw_bf16']
 
 
@@ -76,8 +88,8 @@ def test_device_peak_is_read_after_steps(monkeypatch):
   asked = iter([100, 200])
   steps = []
 
-  def counted(config, contender):
-    built = _build(config, contender)
+  def counted(config, contender, family):
+    built = _build(config, contender, family)
 
     def step(state, tokens):
       steps.append(tokens.shape)
