@@ -49,6 +49,10 @@ OPTIMUM = {
 # Optax's adadelta finds no learning rate for the valley: too small it creeps,
 # too large it diverges, in float32 as well.
 NO_VALLEY = ('adadelta',)
+# Lion's steps have one length, so weights without residual never come to rest:
+# in the valley the variance of x, s^2, adds 400 s^2 x^2 to the mean loss, which
+# draws x below 1, by more than the claim allows for most seeds.
+RESTLESS = ('lion', 'compensated-0')
 WITHOUT_VALLEY = [name for name in OPTIMUM if name != 'rosenbrock']
 SQUARES = ('adadelta', 'adafactor')
 # All targets for the bare optimizer and for the whole stack; the others are
@@ -276,7 +280,7 @@ def test_min_size_leaves_small_arrays_alone(min_size):
 def targets_of(optimizer, wrapper=None):
   """The targets that a pair is trained on."""
   names = TARGETS.get(wrapper, tuple(OPTIMUM))
-  if optimizer in NO_VALLEY:
+  if optimizer in NO_VALLEY or (optimizer, wrapper) == RESTLESS:
     names = [name for name in names if name != 'rosenbrock']
   return list(names or ['matrix'])
 

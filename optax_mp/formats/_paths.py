@@ -102,7 +102,8 @@ def leaf_key(key: chex.PRNGKey, path: Path, whose: str = '') -> chex.PRNGKey:
   name = (whose + jax.tree_util.keystr(path)).encode()
   digest = hashlib.blake2b(name, digest_size=4 * (key.shape[-1] - 1))
   words = np.frombuffer(digest.digest(), np.dtype('<u4')).astype(np.uint32)
-  return key ^ np.append(words, np.uint32(0))
+  # Word by word: what is constant stays so.
+  return jnp.stack([key[i] ^ word for i, word in enumerate(words)] + [key[-1]])
 
 
 def flatten_like(

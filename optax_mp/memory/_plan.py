@@ -119,15 +119,15 @@ def plan(
     >>> import jax, jax.numpy as jnp, optax_mp
     >>> params = {'w': jax.ShapeDtypeStruct((80, 8192, 106496), jnp.bfloat16)}
     >>> print(optax_mp.memory.plan(optax_mp.adamw_bf16(1e-4), params))
-    field      format            bits/value         bytes  bytes/param
-    params     bfloat16               16.00  139586437120         2.00
-    count      int32                  32.00             4         0.00
-    mu         bfloat16 + uint8       24.00  209379655680         3.00
-    nu         bfloat16 + uint8       24.00  209379655680         3.00
-    rng_key    uint32                 32.00            16         0.00
-    residual   uint16                 16.00  139586437120         2.00
-    gradients  bfloat16               16.00  139586437120         2.00
-    total                                    837518622740        12.00
+    field        format            bits/value         bytes  bytes/param
+    params       bfloat16               16.00  139586437120         2.00
+    count        int32                  32.00             4         0.00
+    mu           bfloat16 + uint8       24.00  209379655680         3.00
+    nu           bfloat16 + uint8       24.00  209379655680         3.00
+    noise_count  uint32                 32.00             8         0.00
+    residual     uint16                 16.00  139586437120         2.00
+    gradients    bfloat16               16.00  139586437120         2.00
+    total                                      837518622732        12.00
   """
   params_leaves = jax.tree.leaves(params)
   paths = _paths.param_paths(params)

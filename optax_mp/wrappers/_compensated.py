@@ -20,7 +20,7 @@ class CompensatedState(NamedTuple):
 
   inner_state: optax.OptState
   residual: chex.ArrayTree  # like params: [u]int16 or [u]int8, or EmptyState()
-  rng_key: chex.Array  # (2,), uint32: key data for the next step's noise
+  noise_count: chex.Array  # (), uint32: how often noise was drawn
 
 
 def compensated(
@@ -109,7 +109,7 @@ def compensated(
   def init_fn(params):
     _check_halves(params)
     inner_state, residual = build(params)
-    return CompensatedState(inner_state, residual, _common.new_key(seed))
+    return CompensatedState(inner_state, residual, jnp.zeros((), jnp.uint32))
 
   def step(path, param, weight, delta, key):
     format = _residual.format_of(param.dtype, residual_bits)
@@ -132,7 +132,7 @@ def compensated(
       treedef.unflatten(weights),
       **extra_args,
     )
-    rng_key, now = _common.next_key(state.rng_key)
+    now = _common.noise_key(seed, state.noise_count)
     pairs = [
       step(path, p, w, d, now)
       for path, p, w, d in zip(
@@ -141,7 +141,8 @@ def compensated(
     ]
     new_updates = treedef.unflatten(update for update, _ in pairs)
     residual = treedef.unflatten(residual for _, residual in pairs)
-    return new_updates, CompensatedState(inner_state, residual, rng_key)
+    count = state.noise_count + 1
+    return new_updates, CompensatedState(inner_state, residual, count)
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

@@ -23,7 +23,7 @@ class CompressedState(NamedTuple):
   """The inner state, its leaves stored as the rule says."""
 
   inner_state: optax.OptState  # leaves are arrays or formats' NamedTuples
-  rng_key: chex.Array  # (2,), uint32: key data for the next step's noise
+  noise_count: chex.Array  # (), uint32: how often noise was drawn
 
 
 def compressed(
@@ -123,7 +123,7 @@ def keep_compressed(
     # Before as well: then scales and factors, which have other shapes, follow.
     state = _common.lay_out(state, params)
     state = _common.not_constant(state)
-    now = _common.next_key(_common.new_key(seed))[1]
+    now = _common.noise_key(seed, jnp.uint32(0))
     return _tree.encode_leaves(state, choose(state, params), now)
 
   def init_fn(params):
@@ -136,8 +136,7 @@ def keep_compressed(
         if all(format is None for format in chosen):
           raise ValueError(_nothing(like, rule, min_size))
     # The noise of `init` and of the first step differ.
-    rng_key, _ = _common.next_key(_common.new_key(seed))
-    return CompressedState(build(params), rng_key)
+    return CompressedState(build(params), jnp.ones((), jnp.uint32))
 
   def update_fn(updates, state, params=None, **extra_args):
     _common.check_state(state, CompressedState)
@@ -160,11 +159,11 @@ def keep_compressed(
       _, ahead = advance(_recomputed(state.inner_state, like))
       scales = _tree.fit_leaves(ahead, chosen)
     new_updates, inner_state = advance(state.inner_state)
-    rng_key, now = _common.next_key(state.rng_key)
+    now = _common.noise_key(seed, state.noise_count)
     stored = _tree.encode_leaves(inner_state, chosen, now, scales)
     stored = _tree.in_containers(stored, state.inner_state, like)
     new_updates = _cast_like(new_updates, updates, params)
-    return new_updates, CompressedState(stored, rng_key)
+    return new_updates, CompressedState(stored, state.noise_count + 1)
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

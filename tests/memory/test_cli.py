@@ -215,18 +215,22 @@ def test_fit_prints_the_most(capsys, monkeypatch):
     )  # fmt: skip
 
   monkeypatch.setattr(_survey, 'compile_step', compile_step)
-  flags = ['--vocabulary', '256', *H100, '--fit']
-  program.main([*TINY, *flags])
-  rows = _rows(capsys.readouterr().out)
-  layers = {name: int(cells[-2]) for name, cells in rows.items()}
-  # A layer has 198,272 parameters, kept in 12, 6, 10, 7 and 7 bytes.
-  assert layers == {
+  expected = {
     'optax.adamw, float32': 1,
     'optax.adamw, bfloat16': 3,
     'adamw_bf16': 1,
     'lion_bf16': 2,
     'sgdm_bf16': 2,
+    'adamw_8bit': 3,
+    'adamw_4bit': 4,
   }
+  flags = ['--vocabulary', '256', *H100, '--fit']
+  flags += [f'--only={name}' for name in expected]
+  program.main([*TINY, *flags])
+  rows = _rows(capsys.readouterr().out)
+  layers = {name: int(cells[-2]) for name, cells in rows.items()}
+  # A layer has 198,272 parameters, kept in 12, 6, 10, 7, 7, 5 and 4 bytes.
+  assert layers == expected
 
 
 @pytest.mark.parametrize('target', ['h100', 'tpu-v6e'])

@@ -37,7 +37,7 @@ def test_rows_of_a_mixed_tree():
     ('mu', 'float32'): (128, 4 * 128),
     ('nu', 'bfloat16 + uint8'): (8192, 3 * 8192),
     ('nu', 'float32'): (128, 4 * 128),
-    ('rng_key', 'uint32'): (4, 16),
+    ('noise_count', 'uint32'): (2, 8),
     ('residual', 'uint8'): (8192 + 64, 8192 + 64),
     ('gradients', 'bfloat16'): (8256, 2 * 8256),
     ('gradients', 'float32'): (64, 4 * 64),
@@ -151,5 +151,5 @@ def test_prints_a_table():
   assert lines[0].split() == [
     'field', 'format', 'bits/value', 'bytes', 'bytes/param'
   ]  # fmt: skip
-  assert lines[-1].split() == ['total', str(9 * 4096 + 16), '9.00']
+  assert lines[-1].split() == ['total', str(9 * 4096 + 8), '9.00']
   assert len({len(line) for line in lines}) == 1
