@@ -128,9 +128,11 @@ def logarithmic(top, share=0.5):
   def bound(x):
     x = np.abs(x)
     low, high, step = word_range(x, top)
-    # The last code may be too low, the first one is rounded, by up to 1024.
-    last = np.where(word(x) > high - step, 2**-8 * (high - low), 0.0)
-    move = np.maximum(share * step, last) + 1024
+    if top == 255:  # positions have 11 bits after the point, and 24 in all
+      move = (share + 2**-12) * step + 2**-23 * (high - low)
+    else:  # the last code may be too low, the first is rounded, by up to 1024
+      last = np.where(word(x) > high - step, 2**-8 * (high - low), 0.0)
+      move = np.maximum(share * step, last) + 1024
     low, high = value(word(x) - move), value(word(x) + move)
     x = x.astype(np.float64)
     return np.maximum(x - low, high - x) * (x > 0)
@@ -141,11 +143,20 @@ def logarithmic(top, share=0.5):
 def word_range(x, top):
   """Least and largest word of each value's group, and the steps between.
 
-  A step has 8 significant bits, and one of them may be spared for that.
+  Of 255 codes it is an octave over a whole number of 4 significant bits, and
+  the ends are rounded outwards; of 15 it has 8 significant bits.
   """
   low = -largest(-np.where(x >= TINY, x, np.float32(np.inf)))
   low, high = word(np.minimum(low, largest(x))), word(largest(x))
-  return low, high, (1 + 2**-8) * (high - low) / (top - 2)
+  if top < 255:
+    return low, high, (1 + 2**-8) * (high - low) / (top - 1)
+  steps = np.clip(253 * 2.0**23 / np.maximum(high - low, 1.0), 1, 512)
+  fraction, exponent = np.frexp(steps)
+  return (
+    low,
+    high,
+    2.0**23 / np.floor(np.ldexp(np.floor(16 * fraction) / 16, exponent)),
+  )
 
 
 def word(x):

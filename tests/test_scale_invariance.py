@@ -40,10 +40,11 @@ def departures(make, scales):
     How far the weights are from those of the scale 1, at each of the scales;
     and how far from those of another seed, the noise of rounding.
   """
-  tx = make(seed=0)
 
-  @jax.jit
-  def train(state, scale):
+  @functools.partial(jax.jit, static_argnums=0)
+  def train(seed, scale):
+    tx = make(seed=seed)
+
     def step(carry, count):
       params, state = carry
       key = jax.random.fold_in(jax.random.key(1), count)
@@ -51,16 +52,14 @@ def departures(make, scales):
       updates, state = tx.update(gradients, state, params)
       return (optax.apply_updates(params, updates), state), None
 
-    start = jnp.ones(SHAPE, jnp.bfloat16), state
+    params = jnp.ones(SHAPE, jnp.bfloat16)
+    start = params, tx.init(params)
     return checkpoint.to_float32(*jax.lax.scan(step, start, COUNTS)[0])
 
-  def start(seed):  # of which only the state knows
-    return make(seed=seed).init(jnp.ones(SHAPE, jnp.bfloat16))
-
-  expected = train(start(0), 1.0)
-  noise = distance(train(start(1), 1.0), expected)
+  expected = train(0, 1.0)
+  noise = distance(train(1, 1.0), expected)
   assert 0 < noise < np.inf
-  return [distance(train(start(0), s), expected) for s in scales], noise
+  return [distance(train(0, s), expected) for s in scales], noise
 
 
 def distance(x, y):

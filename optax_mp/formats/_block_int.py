@@ -14,6 +14,7 @@ from optax_mp.formats import _dynamic
 from optax_mp.formats import _grids
 from optax_mp.formats import _log
 from optax_mp.formats import _maps
+from optax_mp.formats import _octaves
 
 _MAPS = ('sqrt', 'log', 'dynamic', 'softsign', 'linear')
 
@@ -162,7 +163,7 @@ class BlockInt:
   def _grid(self) -> _grids.Grid:
     top = 2 ** (self.bits - self.signed) - 1
     if self.map == 'log':
-      return _log.Log(top)
+      return _octaves.Octaves(top) if self.bits == 8 else _log.Log(top)
     if self.map == 'dynamic':
       tree = _dynamic.Dynamic(self.bits - 1, doubled=not self.signed)
       return _maps.Scaled(tree, self.signed)

@@ -317,28 +317,80 @@ def log_blocks():
   return (x ** np.linspace(2, 60, 8)[:, None]).astype(np.float32)
 
 
-@both_widths
-def test_logarithms_use_all_codes(bits):
-  """Derived: rounded to 8 bits, steps are up to 2^-8 longer, and one is spared.
+def test_logarithms_use_all_codes():
+  """Derived: rounded to 8 bits, 14 steps may be up to 2^-8 too long.
 
   The first code is the smallest value of its block.
   """
-  x, top = log_blocks(), 2**bits - 1
-  codes = ranks(formats.BlockInt(bits, False), x)
+  x = log_blocks()
+  codes = ranks(formats.BlockInt(4, False), x)
   assert np.all(codes[x == x.min(1, keepdims=True)] == 1)
-  assert np.all(codes.max(1) >= (top - 2) * (1 - 2**-8)) and codes.min() == 1
+  assert np.all(codes.max(1) >= 14 * (1 - 2**-8)) and codes.min() == 1
+
+
+def test_octaves_use_most_codes():
+  """Derived: of 253 steps, for the ends, a size may leave a fifth."""
+  x = log_blocks()
+  codes = ranks(formats.BlockInt(8, False), x)
+  assert np.all(codes[x == x.min(1, keepdims=True)] <= 2)
+  assert np.all(codes.max(1) >= 253 * 4 / 5) and codes.min() == 1
+
+
+def values_of_codes(format):
+  """Every code's value, a block a row."""
+  stored, _ = store(format, log_blocks())
+  halves = np.split(np.arange(2**format.bits), max(2**format.bits // BLOCK, 1))
+  decoded = [
+    decode(format, np.tile(np.resize(half, BLOCK), (8, 1)), stored.scales)
+    for half in halves
+  ]
+  return np.concatenate(decoded, axis=1)[:, : 2**format.bits]
 
 
 @both_widths
 def test_logarithms_have_equal_steps(bits):
-  """Exact, but that each is rounded to a word."""
-  format = formats.BlockInt(bits, False)
-  stored, _ = store(format, log_blocks())
-  codes = np.tile(np.resize(np.arange(2**bits), BLOCK), (8, 1))
-  values = decode(format, codes, stored.scales)[:, : 2**bits]
+  """Exact, but for the rounding of a word, and of float32's position in it."""
+  values = values_of_codes(formats.BlockInt(bits, False))
   assert not np.any(values[:, 0])
-  steps = np.diff(tables.word(values[:, 1:]), axis=1)
-  assert np.all(np.ptp(steps, axis=1) <= 1) and np.all(steps > 0)
+  words = tables.word(values[:, 1:])
+  steps = np.diff(words, axis=1)
+  assert np.all(np.ptp(steps, axis=1) <= word_error(words)[:, 0])
+  assert np.all(steps > 0)
+
+
+def word_error(words):
+  """Of a word, to which float32 adds the distance to the first of its row."""
+  return 1 + 2 * 2.0**-24 * (2.0**23 + np.ptp(words, axis=1, keepdims=True))
+
+
+def test_octaves_have_whole_numbers_of_steps():
+  """Exact, as above: so many codes on, a value is twice as large."""
+  for values in values_of_codes(formats.BlockInt(8, False))[:, 1:]:
+    words = tables.word(values)
+    steps = 2.0**23 / np.diff(words).mean()
+    n = round(steps)
+    assert abs(steps - n) < 2**-12 * n
+    away = words[n:] - words[:-n] - 2.0**23
+    assert np.all(np.abs(away) <= word_error(words[None]))
+
+
+def test_octaves_do_not_move_with_the_ends():
+  """Exact, as above: what is on the grid stays there when the ends shrink.
+
+  Of a grid between the ends, every value would be rounded again.
+  """
+  format = formats.BlockInt(8, False)
+  stored, once = store(format, log_blocks())
+  ends = (once == once.min(1, keepdims=True)) | (
+    once == once.max(1, keepdims=True)
+  )
+  shrunk = np.where(ends, once * np.float32(0.995), once)
+  again, twice = store(format, shrunk)
+  n, m = (np.asarray(s.scales & 1023)[:, 0] for s in (stored, again))
+  same = (n == m)[:, None] & ~ends
+  assert np.mean(same) > 0.5 and np.any(stored.scales != again.scales)
+  moved = tables.word(twice) - tables.word(once)
+  assert np.all((np.abs(moved) <= word_error(tables.word(once)))[same])
 
 
 @both_widths
@@ -353,14 +405,14 @@ def test_values_on_the_grid_stay_there(bits):
   chex.assert_trees_all_equal(np.asarray(twice)[same], moved[same])
 
 
-@both_widths
-def test_equal_values_have_thirteen_bits(bits):
-  """Derived: the smallest value of a block is rounded to that."""
+@pytest.mark.parametrize(('bits', 'digits'), [(8, 10), (4, 13)])
+def test_equal_values_have_ten_bits_or_more(bits, digits):
+  """Derived: half a step of 1/512 octave, or to what the ends are rounded."""
   x = (
     np.full((8, BLOCK), 0.3, np.float32) * np.arange(1, 9, dtype='f4')[:, None]
   )
   seen = round_trip(formats.BlockInt(bits, False), x)
-  assert np.all(np.abs(seen.astype(np.float64) - x) <= 2.0**-13 * x)
+  assert np.all(np.abs(seen.astype(np.float64) - x) <= 2.0**-digits * x)
 
 
 @both_widths
