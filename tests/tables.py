@@ -128,8 +128,8 @@ def logarithmic(top, share=0.5):
   def bound(x):
     x = np.abs(x)
     low, high, step = word_range(x, top)
-    if top == 255:  # positions have 11 bits after the point, and 24 in all
-      move = (share + 2**-12) * step + 2**-23 * (high - low)
+    if top == 255:  # steps have 20 bits, positions 11 after the point
+      move = (share + 2**-11) * step + 1
     else:  # the last code may be too low, the first is rounded, by up to 1024
       last = np.where(word(x) > high - step, 2**-8 * (high - low), 0.0)
       move = np.maximum(share * step, last) + 1024
@@ -143,20 +143,18 @@ def logarithmic(top, share=0.5):
 def word_range(x, top):
   """Least and largest word of each value's group, and the steps between.
 
-  Of 255 codes it is an octave over a whole number of 4 significant bits, and
-  the ends are rounded outwards; of 15 it has 8 significant bits.
+  Of 255 codes they are from the octave of the least to the largest, a whole
+  number of 4 significant bits an octave; of 15 a step has 8 significant bits.
   """
   low = -largest(-np.where(x >= TINY, x, np.float32(np.inf)))
   low, high = word(np.minimum(low, largest(x))), word(largest(x))
   if top < 255:
     return low, high, (1 + 2**-8) * (high - low) / (top - 1)
-  steps = np.clip(253 * 2.0**23 / np.maximum(high - low, 1.0), 1, 512)
+  octave = np.floor(low / 2.0**23) * 2.0**23
+  steps = np.clip(254 * 2.0**23 / np.maximum(high - octave, 1.0), 1, 512)
   fraction, exponent = np.frexp(steps)
-  return (
-    low,
-    high,
-    2.0**23 / np.floor(np.ldexp(np.floor(16 * fraction) / 16, exponent)),
-  )
+  steps = np.floor(np.ldexp(np.floor(16 * fraction) / 16, exponent))
+  return octave, high, 2.0**23 / steps
 
 
 def word(x):

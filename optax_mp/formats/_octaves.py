@@ -2,17 +2,18 @@
 """A logarithmic grid of n steps an octave: of 8 bits, for averages.
 
 The word of a positive float32 is its logarithm: 2^23 (log2 x + 127), exactly at
-powers of two and linearly between them. Positions are counted from the word 0:
+powers of two and linearly between them. From the octave of the smallest value
+of a block, its power of two, the grid goes up in equal steps of the word:
 
-    position = word n / 2^23 = base + code - 1,  code = 1 ... top;  0 is zero.
+    word = octave + 2^23 / n (code - 1),    code = 1 ... top;    code 0 is zero.
 
-``n`` is the largest of eight sizes an octave with which ``top`` codes reach
-from the smallest value of the block to the largest. As it is whole, a block has
-the same codes when it is multiplied by a power of two. And as the grid does not
-begin at the block's own ends, a stored value is on it in the next step as well,
-while all values shrink by 1 - b2 and the ends with them: what is rounded is
-only what the average moves by, a small part of a code, and with it goes most of
-the noise. Of sixteen codes that would be a bad use; they have ``_log``.
+``n`` is the largest of eight sizes an octave with which the codes reach the
+largest value. It is a whole number, so all grids of one n are parts of the same
+one: a block has the same codes when it is multiplied by a power of two, and a
+stored value is still on the grid in the next step, when all values have shrunk
+by 1 - b2 and the ends with them. What is rounded is only what the average moves
+by, a small part of a code, and most of the noise is gone. Of sixteen codes this
+would be a bad use; they have ``_log``.
 
 Rounded stochastically, the mean is right in the word, which between two powers
 of two is the mean of the value.
@@ -25,20 +26,23 @@ from jax import lax
 import jax.numpy as jnp
 
 from optax_mp.formats import _log
+from optax_mp.formats import _rounding
 
-_OCTAVE = 23  # bits of a word
-_MOST = 512  # steps an octave: the product with 23 bits has 32
-# A grid is a word a block: the octave of base, its step in it, and n; that is 0
-# where a block is not finite.
-_BITS = 10
+_OCTAVE = 2**23
+_MOST = 512  # steps an octave
+# A grid is a word a block: the octave's and, in 23 bits that it leaves free, the
+# step, from 2^14 to 2^23, as a float32 without its last 4 bits.
+_EXPONENTS = 0x7F800000
+_STEP_DROPPED = 4
+_STEP_BIAS = (127 + 14) << 23
 # Positions are rounded to this part of a step: more than float32 adds to them,
-# so that a stored value is exactly on the grid.
+# so that what was stored is exactly on the grid.
 _PARTS = 2048.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Octaves:
-  """Positions on the grid are in steps from ``base``; zero is at -1."""
+  """Positions on the grid are in steps from the octave; zero is at -1."""
 
   top: int
   even: bool = True  # a second moment does not answer to its rounding
@@ -46,21 +50,20 @@ class Octaves:
   def fit(self, x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     """The grid of each block, uint32, without the axes."""
     low, high, finite = _log.ends(x, axes)
-    low = jnp.maximum(low, _log.NORMAL)
-    span = jnp.maximum(high - low, 1).astype(jnp.float32)
-    # Both ends are rounded outwards: two steps fewer than there are codes.
-    n = _whole((self.top - 2) * 2.0**_OCTAVE / span)
-    low = low.astype(jnp.uint32)
-    octave = low >> _OCTAVE
-    step = ((low & (_log.NORMAL - 1)) * n) >> _OCTAVE
-    return _pack(octave, step, jnp.where(finite, n, 0))
+    octave = jnp.maximum(low, _log.NORMAL) & _EXPONENTS
+    span = jnp.maximum(high - octave, 1).astype(jnp.float32)
+    # The last code is the largest value, rounded up.
+    step = _OCTAVE / _whole((self.top - 1) * _OCTAVE / span)
+    grid = octave | _rounding.round_nearest(
+      _log.words_of(step) - _STEP_BIAS, _STEP_DROPPED
+    )
+    return jnp.where(finite, grid, _EXPONENTS).astype(jnp.uint32)
 
   def relative(self, x: jax.Array, grid: jax.Array) -> jax.Array:
-    """Steps from ``base``."""
+    """Steps from the octave."""
     words = _log.words_of(x)
-    octave, step, n = _unpack(grid, words >> 31)
-    above = (words - (octave << _OCTAVE)).astype(jnp.float32)
-    steps = above * (n * 2.0**-_OCTAVE) - step
+    octave, step = _unpack(grid, words >> 31)
+    steps = (words - octave).astype(jnp.float32) / step
     steps = jnp.round(steps * _PARTS) / _PARTS
     steps = jnp.clip(steps, 0.0, self.top - 1)
     return jnp.where(words < _log.NORMAL, -1.0, steps)
@@ -77,26 +80,19 @@ class Octaves:
 
   def absolute(self, position: jax.Array, grid: jax.Array) -> jax.Array:
     """The value at a position; NaN in a block that is not finite."""
-    octave, step, n = _unpack(grid, (position + 1).astype(jnp.int32) >> 8)
-    above = jnp.round((position + step) * (2.0**_OCTAVE / n))
-    words = (octave << _OCTAVE) + above.astype(jnp.int32)
-    return _log.value_of(words, position, n > 0)
+    octave, step = _unpack(grid, (position + 1).astype(jnp.int32) >> 8)
+    words = octave + jnp.round(position * step).astype(jnp.int32)
+    return _log.value_of(words, position, octave < _EXPONENTS)
 
 
 def _whole(n: jax.Array) -> jax.Array:
-  """The next smaller whole number of 4 significant bits, uint32."""
-  words = _log.words_of(jnp.clip(n, 1.0, _MOST)) & -(2 ** (_OCTAVE - 3))
-  return lax.bitcast_convert_type(words, jnp.float32).astype(jnp.uint32)
+  """The next smaller whole number of 4 significant bits, as a float32."""
+  words = _log.words_of(jnp.clip(n, 1.0, _MOST)) & -(_OCTAVE >> 3)
+  return jnp.floor(lax.bitcast_convert_type(words, jnp.float32))
 
 
-def _pack(octave: jax.Array, step: jax.Array, n: jax.Array) -> jax.Array:
-  return (octave << (2 * _BITS)) | (step << _BITS) | n
-
-
-def _unpack(
-  grid: jax.Array, zero: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Octave, step and n of a grid.
+def _unpack(grid: jax.Array, zero: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """The words of the octave, int32, and of a step, float32.
 
   Args:
     grid: for each value.
@@ -105,10 +101,8 @@ def _unpack(
       block is padded to half a byte a value.
 
   Returns:
-    int32, and float32 twice.
+    Both, for each value.
   """
-  grid = grid + zero.astype(jnp.uint32)
-  octave = (grid >> (2 * _BITS)).astype(jnp.int32)
-  step = (grid >> _BITS) & (2**_BITS - 1)
-  n = grid & (2**_BITS - 1)
-  return octave, step.astype(jnp.float32), n.astype(jnp.float32)
+  grid = grid.astype(jnp.int32) + zero
+  step = ((grid & (_OCTAVE - 1)) << _STEP_DROPPED) + _STEP_BIAS
+  return grid & _EXPONENTS, lax.bitcast_convert_type(step, jnp.float32)

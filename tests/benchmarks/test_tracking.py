@@ -211,9 +211,6 @@ def test_every_pair_was_measured():
 
 
 def test_eight_bits_follow():
-  """Claim: the update is at most 5 % off, for each of the tensors.
-
-  3.5 % was hoped for; what others ship is 6 to 47 % off on these gradients.
-  """
+  """Claim: the update is at most 3.5 % off, for each of the tensors."""
   rows = results.load('tracking')['runs']['0.999']['pairs']['adamw_8bit']
-  assert max(row['update'] for row in rows.values()) <= 0.05
+  assert max(row['update'] for row in rows.values()) <= 0.035
