@@ -30,7 +30,7 @@ from optax_mp.formats import _rounding
 
 _OCTAVE = 2**23
 _MOST = 512  # steps an octave
-# A grid is a word a block: the octave's and, in 23 bits that it leaves free, the
+# A grid is a word a block: the octave's and, in 23 bits that it has free, the
 # step, from 2^14 to 2^23, as a float32 without its last 4 bits.
 _EXPONENTS = 0x7F800000
 _STEP_DROPPED = 4
