@@ -47,7 +47,6 @@ def _build(config, contender, family):
 
 def _run(monkeypatch, folder, *flags):
   monkeypatch.setattr(quality, 'CONFIG', TINY)
-  monkeypatch.setattr(quality, 'MOMENTS', TINY)
   monkeypatch.setattr(
     'sys.argv', ['quality.py', '--steps', '4', '--out', str(folder), *flags]
   )
