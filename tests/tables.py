@@ -123,50 +123,57 @@ def scaled(values, share=0.5, whole=(), scale=largest):
 
 
 def logarithmic(top, share=0.5):
-  """Bins of equal steps of the float32 word, between the ends of a group."""
+  """Bins of equal steps of the logarithm, between the ends of a group."""
 
   def bound(x):
     x = np.abs(x)
-    low, high, step = word_range(x, top)
-    if top == 255:  # steps have 20 bits, positions 11 after the point
-      move = (share + 2**-11) * step + 1
+    low, high, step = log_range(x, top)
+    if top == 255:  # a position has 24 bits, a step 20
+      move = share * step + 2**-19 * (high - low) + 4
     else:  # the last code may be too low, the first is rounded, by up to 1024
-      last = np.where(word(x) > high - step, 2**-8 * (high - low), 0.0)
+      last = np.where(log_word(x) > high - step, 2**-8 * (high - low), 0.0)
       move = np.maximum(share * step, last) + 1024
-    low, high = value(word(x) - move), value(word(x) + move)
+    low, high = value(log_word(x) - move), value(log_word(x) + move)
     x = x.astype(np.float64)
     return np.maximum(x - low, high - x) * (x > 0)
 
   return bound
 
 
-def word_range(x, top):
-  """Least and largest word of each value's group, and the steps between.
+def log_range(x, top):
+  """Ends of each value's group, as logarithms, and the steps between.
 
   Of 255 codes they are from the octave of the least to the largest, a whole
   number of 4 significant bits an octave; of 15 a step has 8 significant bits.
   """
   low = -largest(-np.where(x >= TINY, x, np.float32(np.inf)))
-  low, high = word(np.minimum(low, largest(x))), word(largest(x))
+  low, high = log_word(np.minimum(low, largest(x))), log_word(largest(x))
   if top < 255:
     return low, high, (1 + 2**-8) * (high - low) / (top - 1)
   octave = np.floor(low / 2.0**23) * 2.0**23
-  steps = np.clip(254 * 2.0**23 / np.maximum(high - octave, 1.0), 1, 512)
+  fraction, exponent = np.frexp(largest(x).astype(np.float64))
+  exponent = np.where(fraction > 0, exponent + 126, 1)
+  word = 2.0**23 * (exponent + np.maximum(2 * fraction - 1, 0))
+  high = word + 2.0**23 / 12  # or less: where sqrt(3 m - 2) - m is largest
+  steps = np.clip(254 * 2.0**23 / (high - octave), 1, 512)
   fraction, exponent = np.frexp(steps)
   steps = np.floor(np.ldexp(np.floor(16 * fraction) / 16, exponent))
   return octave, high, 2.0**23 / steps
 
 
-def word(x):
-  """The word of a float32, its logarithm; of a normal number."""
-  x = np.maximum(x.astype(np.float32), np.float32(TINY))
-  return x.view(np.int32).astype(np.float64)
+def log_word(x):
+  """2^23 (log2 x + 127), nearly: of the mantissa m it takes sqrt(3 m - 2)."""
+  mantissa, exponent = np.frexp(np.maximum(np.asarray(x, np.float64), TINY))
+  root = np.sqrt(3 * (2 * mantissa) - 2)
+  return 2.0**23 * (exponent - 1 + 127 + root - 1)
 
 
-def value(words):
-  """The float32 of a word."""
-  words = np.clip(words, 0x00800000, 0x7F7FFFFF).astype(np.int32)
-  return words.view(np.float32).astype(np.float64)
+def value(log):
+  """The inverse of ``log_word``, in the range of float32."""
+  log = np.clip(log, 0x00800000, 0x7F7FFFFF) / 2.0**23
+  octave = np.floor(log)
+  root = log - octave + 1
+  return 2.0 ** (octave - 127) * (root**2 + 2) / 3
 
 
 def expanded(numbers, share=0.5):

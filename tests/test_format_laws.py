@@ -540,10 +540,10 @@ def draws(format, x, keys):
 
 def log_error(row, drawn, x):
   """The mean error of a logarithm in steps, but for the steps at the ends."""
-  low, high, step = tables.word_range(x, row.log_codes)
-  log = tables.word(x)
+  low, high, step = tables.log_range(x, row.log_codes)
+  log = tables.log_word(x)
   within = (log >= low + step) & (log <= high - step)
-  return np.mean(tables.word(drawn) - log, axis=0) / step, within
+  return np.mean(tables.log_word(drawn) - log, axis=0) / step, within
 
 
 @over_stochastic

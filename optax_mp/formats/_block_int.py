@@ -151,6 +151,8 @@ class BlockInt:
     """Gives the codes' values, in the dtype of ``like``."""
     wide = expand(self._groups(like.shape), stored.scales)
     code = jnp.asarray(stored.codes, jnp.int32) - self._lowest() - self._zero()
+    if not self.signed:
+      return _grids.value_of(self._grid(), code, wide).astype(like.dtype)
     value = _grids.value_of(self._grid(), jnp.abs(code), wide)
     return jnp.where(code < 0, -value, value).astype(like.dtype)
 

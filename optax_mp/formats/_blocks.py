@@ -78,6 +78,17 @@ def _reshape(
   """A reshape; with a word on how it is sharded where JAX asks for one."""
   if not any(spec):
     return jnp.reshape(x, shape)
+  mesh = jax.typeof(x).sharding.mesh
+  for size, axes in zip(shape, spec, strict=True):
+    axes = (axes,) if isinstance(axes, str) else axes or ()
+    pieces = math.prod(mesh.shape[axis] for axis in axes)
+    if size % pieces:
+      raise ValueError(
+        f'`params`: got a leaf whose state, of shape {x.shape}, is sharded as '
+        f'{jax.typeof(x).sharding.spec} over {pieces} devices, which would cut '
+        'blocks of 8 rows or 128 columns. Shard it along another axis, let the '
+        'mesh have automatic axes, or give it another format with a rule.'
+      )
   return jnp.reshape(x, shape, out_sharding=PartitionSpec(*spec))
 
 
@@ -152,7 +163,7 @@ def _reduce(pairwise, reduce, x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
   def by_halves(x):
     # Not down to one: it would halve anew for each number that needs a scale,
     # where it does not repeat a reduction.
-    while axes == (-1,) and x.shape[-1] % 16 == 0:
+    while axes == (-1,) and x.shape[-1] and x.shape[-1] % 16 == 0:
       half = x.shape[-1] // 2
       x = pairwise(x[..., :half], x[..., half:])
     return reduce(x, axes)

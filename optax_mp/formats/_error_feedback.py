@@ -86,7 +86,7 @@ class ErrorFeedback:
     seen = self.format.decode(value, jax.ShapeDtypeStruct(x.shape, x.dtype))
     # inf - inf would turn an infinity into a NaN.
     error = jnp.where(jnp.isfinite(seen), x - seen, 0.0)
-    if self._relative:
+    if self.relative:
       error = jnp.where(seen == 0, 0.0, error / seen)
     return Feedback(value, self.residual.encode(error, own_key))
 
@@ -95,8 +95,8 @@ class ErrorFeedback:
     wide = jax.ShapeDtypeStruct(like.shape, jnp.float32)
     value = self.format.decode(stored.value, wide)
     residual = self.residual.decode(stored.residual, wide)
-    both = value + (value * residual if self._relative else residual)
-    if not getattr(self.format, 'signed', True):
+    both = value + (value * residual if self.relative else residual)
+    if not self.signed:
       # The residual is coarse beside the smallest values of its block.
       both = jnp.where(value > 0, jnp.maximum(both, 2.0**-126), value)
     return both.astype(like.dtype)
@@ -106,5 +106,11 @@ class ErrorFeedback:
     return _fitted.note(self.format, shape)
 
   @property
-  def _relative(self) -> bool:
+  def signed(self) -> bool:
+    """Whether values may be negative."""
+    return getattr(self.format, 'signed', True)
+
+  @property
+  def relative(self) -> bool:
+    """Whether errors are in proportion to values."""
     return getattr(self.format, 'relative', False)

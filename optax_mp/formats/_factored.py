@@ -59,6 +59,8 @@ class Factored:
     <https://arxiv.org/abs/2309.01507>`_, 2023 (beside a 4-bit first moment)
   """
 
+  signed = False  # rows and columns times each other are not negative
+
   def fit(self, x: chex.Array) -> Factors:
     """All that is stored."""
     if x.ndim < 2:

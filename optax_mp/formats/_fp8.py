@@ -9,6 +9,7 @@ from jax import lax
 import jax.numpy as jnp
 
 from optax_mp.formats import _blocks
+from optax_mp.formats import _grids
 from optax_mp.formats import _rounding
 
 # Exponents of the expansion are multiples of 1/16, in 8 bits.
@@ -80,7 +81,7 @@ class Expanded:
     """M and k of each block, uint32, without the axes."""
     size = jnp.abs(x)
     high = _blocks.largest(size, axes)
-    low = _blocks.smallest(jnp.where(size == 0, jnp.inf, size), axes)
+    low = _blocks.smallest(jnp.where(size < 2.0**-126, jnp.inf, size), axes)
     k = jnp.where(high > 0, self._exponent(low, high), _SMALLEST)
     # Rounded up, so that x / M is at most 1, but not to infinity.
     rounded = (_rounding.to_bits(high) + 0xFFFF) >> 16
@@ -107,7 +108,7 @@ class Expanded:
 
   def absolute(self, value: jax.Array, scale: jax.Array) -> jax.Array:
     high, _ = _unpack(scale, lax.bitcast_convert_type(value, jnp.int32))
-    return value * high
+    return _grids.times(value, high)
 
 
 def contract(fraction: jax.Array, scale: jax.Array) -> jax.Array:

@@ -66,6 +66,7 @@ def round_to(
   Returns:
     int32 codes from 0 to ``grid.top``.
   """
+  nonzero = ~_rounding.is_zero(x)  # it may be, in units of the scale
   x = grid.relative(x, scale)
   threshold = 0.5
   if key is not None:
@@ -76,15 +77,16 @@ def round_to(
   up = threshold * (high - low) < x - low
   code = jnp.minimum(code + up.astype(jnp.int32), grid.top)
   if keep_nonzero:
-    code = jnp.maximum(code, (x > 0).astype(jnp.int32))
+    code = jnp.maximum(code, nonzero.astype(jnp.int32))
   return code
 
 
 def value_of(grid: Grid, code: jax.Array, scale: jax.Array) -> jax.Array:
   """The magnitude of a code."""
-  return not_zero(grid.absolute(grid.value(code, scale), scale), code)
+  return grid.absolute(grid.value(code, scale), scale)
 
 
-def not_zero(value: jax.Array, code: jax.Array) -> jax.Array:
-  """The value, but no code above 0 underflows to 0."""
-  return jnp.where(code > 0, jnp.maximum(value, _TINY), value)
+def times(value: jax.Array, scale: jax.Array) -> jax.Array:
+  """What is not zero in units of a scale does not underflow to it."""
+  product = value * scale
+  return jnp.where(value > 0, jnp.maximum(product, _TINY), product)

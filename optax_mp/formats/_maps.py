@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_mp.formats import _blocks
+from optax_mp.formats import _grids
 
 
 class Map(Protocol):
@@ -121,4 +122,4 @@ class Scaled:
     return self.map.value(code)
 
   def absolute(self, value: jax.Array, scale: jax.Array) -> jax.Array:
-    return value * scale
+    return _grids.times(value, scale)

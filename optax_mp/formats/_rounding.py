@@ -32,6 +32,11 @@ def is_infinite(bits: jax.Array) -> jax.Array:
   return (bits & 0x7FFFFFFF) == _INFINITY
 
 
+def is_zero(x: jax.Array) -> jax.Array:
+  """Whether a float32 is 0, or subnormal: CPUs and TPUs take that for 0."""
+  return (lax.bitcast_convert_type(x, jnp.uint32) & 0x7FFFFFFF) < 0x00800000
+
+
 def from_bits(bits: jax.Array) -> jax.Array:
   """Uint32 word -> the float32 it spells."""
   return lax.bitcast_convert_type(bits, jnp.float32)
@@ -105,8 +110,9 @@ def random_bits(
       value over steps are a Weyl sequence (steps of 2^32 / golden ratio) that
       starts at random. Of n roundings that each go up with the probability f,
       n f +- 1 or so do, not n f +- sqrt(n f), so that less is added to a long
-      average. Only for what does not answer to its rounding, as a parameter
-      does through its gradient: the draws of two steps are not independent.
+      average. The draws of two steps are not independent: only for what hardly
+      answers to its rounding, as a parameter does through its gradient, and
+      where f is nearly the same from one rounding to the next.
 
   Returns:
     uint32 of ``shape``.

@@ -178,6 +178,14 @@ def test_the_largest_of_a_block_is_kept(bits, map):
 
 @pytest.mark.parametrize('signed', [True, False])
 @both_widths
+def test_an_empty_vector_is_stored(bits, signed):
+  """Exact: and in no time; it has one group, of nothing."""
+  seen = round_trip(formats.BlockInt(bits, signed), np.zeros(0, np.float32))
+  assert seen.shape == (0,)
+
+
+@pytest.mark.parametrize('signed', [True, False])
+@both_widths
 def test_what_is_no_normal_number_is_zero(bits, signed):
   """Exact: XLA flushes it, as all arithmetic does."""
   x = np.full((8, BLOCK), 0.5, np.float32)
@@ -334,16 +342,14 @@ def test_octaves_use_most_codes():
   format = formats.BlockInt(8, False)
   codes = ranks(format, x)
   assert np.all(codes.max(1) >= 254 * 4 / 5)
-  least = x.min(1).astype(np.float64)
-  octave = 2.0 ** np.floor(np.log2(least))
-  # Linear between powers of two, as codes are.
-  steps = (least / octave - 1) * octaves_of(format)
+  above = tables.log_word(x.min(1)) / 2.0**23 % 1
+  steps = above * octaves_of(format)
   assert np.all(np.abs(codes.min(1) - 1 - steps) < 0.5 + 2**-8)
 
 
 def octaves_of(format):
   """How many steps an octave has in each of `log_blocks`."""
-  words = tables.word(values_of_codes(format)[:, 1:])
+  words = tables.log_word(values_of_codes(format)[:, 1:])
   return np.round(2.0**23 / np.diff(words, axis=1).mean(1))
 
 
@@ -363,21 +369,21 @@ def test_logarithms_have_equal_steps(bits):
   """Exact, but for the rounding of a word, and of float32's position in it."""
   values = values_of_codes(formats.BlockInt(bits, False))
   assert not np.any(values[:, 0])
-  words = tables.word(values[:, 1:])
+  words = tables.log_word(values[:, 1:])
   steps = np.diff(words, axis=1)
   assert np.all(np.ptp(steps, axis=1) <= word_error(words)[:, 0])
   assert np.all(steps > 0)
 
 
 def word_error(words):
-  """Of a word: a step has 20 bits, and there are 254 of them; it is rounded."""
-  return 1 + 2.0**-20 * (2.0**23 + np.ptp(words, axis=1, keepdims=True))
+  """Of a logarithm: steps have 20 bits; value and root are rounded."""
+  return 4 + 2.0**-20 * (2.0**23 + np.ptp(words, axis=1, keepdims=True))
 
 
 def test_octaves_have_whole_numbers_of_steps():
   """Exact, as above: so many codes on, a value is twice as large."""
   for values in values_of_codes(formats.BlockInt(8, False))[:, 1:]:
-    words = tables.word(values)
+    words = tables.log_word(values)
     steps = 2.0**23 / np.diff(words).mean()
     n = round(steps)
     assert abs(steps - n) < 2**-19 * n
@@ -400,8 +406,8 @@ def test_octaves_do_not_move_with_the_ends():
   n, m = (np.asarray(s.scales & 0x7FFFFF)[:, 0] for s in (stored, again))
   same = (n == m)[:, None] & ~ends
   assert np.mean(same) > 0.5
-  moved = tables.word(twice) - tables.word(once)
-  assert np.all((np.abs(moved) <= word_error(tables.word(once)))[same])
+  logs, moved = (tables.log_word(np.asarray(x)) for x in (once, twice))
+  assert np.all((np.abs(moved - logs) <= word_error(logs))[same])
 
 
 @both_widths

@@ -85,10 +85,6 @@ def test_second_moments_stay_positive(pair, octaves):
   assert np.all(seen[x > 0] > 0) and np.all(seen >= 0)
 
 
-@pytest.mark.xfail(
-  strict=True,
-  reason='what it does for formats without signs asks for their `signed`',
-)
 def test_factors_with_residuals_stay_positive():
   """Exact: a negative second moment has no square root."""
   x = np.exp(3 * np.random.default_rng(0).standard_normal((64, 64)))
