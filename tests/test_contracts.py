@@ -212,7 +212,7 @@ def test_bytes_are_as_documented(optimizer, wrapper):
   num_params = sum(p.size for p in params.values())
   # 2 for the parameter, 2 for its gradient.
   expected = num_params * (2 + RESIDUAL_BYTES.get(wrapper, 0) + 2)
-  expected += 8 * (2 if wrapper == 'both' else 1)  # a key for each wrapper
+  expected += 4 * (2 if wrapper == 'both' else 1)  # a count for each wrapper
   expected += inner_bits(tables.OPTIMIZERS[optimizer](), wrapper, params) / 8
   assert plan.num_params == num_params
   assert plan.total_bytes == math.ceil(expected)  # kind: exact
