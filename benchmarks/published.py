@@ -8,7 +8,7 @@ the array as one vector. FlashOptim's differ in more than that.
 from collections.abc import Mapping
 import dataclasses
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -84,6 +84,53 @@ class FlashOptim:
     return 127 if self.signed else 255
 
 
+@formats.Stored.register
+class CoatBlock(NamedTuple):
+  """Codes of groups, and three numbers of each."""
+
+  codes: chex.Array  # (groups, 128), fp8
+  scale: chex.Array  # (groups, 1), float32, as the others
+  exponent: chex.Array
+  centre: chex.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Coat:
+  """COAT's moments: groups of 128, each over its geometric centre to a power.
+
+  As its paper has it: what its kernel makes of groups with a zero in some
+  places, where it takes the smallest number for 1e-30, is left out. So are
+  exponents above 255, where 1 to that power would depend on its rounding.
+  """
+
+  def encode(self, x: chex.Array, key: chex.PRNGKey | None = None) -> CoatBlock:
+    """fp8 numbers, and scale, exponent and centre of each 128."""
+    del key
+    groups = jnp.reshape(x, (-1, 128))
+    size = jnp.abs(groups)
+    high = jnp.max(size, -1, keepdims=True)
+    low = jnp.where(size > 0, size, high)
+    low = jnp.min(low, -1, keepdims=True) + 1e-30
+    high += 1e-30
+    centre = jnp.sqrt(high) * jnp.sqrt(low)
+    octaves = jnp.log2(high) - jnp.log2(low)
+    exponent = jnp.floor(16 * math.log2(448**2 / 2) / octaves) / 16
+    exponent = jnp.minimum(exponent, 255.0)
+    scale = (high / centre) ** exponent / 448
+    expanded = jnp.sign(groups) * (size / centre) ** exponent / scale
+    codes = jnp.clip(expanded, -448, 448).astype(jnp.float8_e4m3fn)
+    return CoatBlock(codes, scale, exponent, centre)
+
+  def decode(
+    self, stored: CoatBlock, like: jax.ShapeDtypeStruct
+  ) -> chex.Array:
+    """The roots of codes, times the centre."""
+    expanded = stored.codes.astype(jnp.float32) * stored.scale
+    size = jnp.abs(expanded) ** (1 / stored.exponent) * stored.centre
+    x = jnp.where(expanded == 0, 0.0, jnp.sign(expanded) * size)
+    return jnp.reshape(x, like.shape).astype(like.dtype)
+
+
 Pair = Mapping[str, Any]  # of 'mu' and 'nu'; None is float32
 
 # torchao's scales are at least this; bitsandbytes has no such floor.
@@ -113,8 +160,7 @@ PUBLISHED: dict[str, Pair] = {
   },
   'bitsandbytes, 8 bits': {'mu': _dynamic8(True), 'nu': _dynamic8(False)},
   'torchao, fp8': {'mu': _E4M3, 'nu': _E4M3},
-  # Three numbers a block as shipped, 12 bytes where ours are 4.
-  'COAT, fp8': {'mu': Flat(formats.Float8()), 'nu': Flat(formats.Float8())},
+  'COAT, fp8': {'mu': Coat(), 'nu': Coat()},
   'FlashOptim, 8 bits': {'mu': FlashOptim(True), 'nu': FlashOptim(False)},
   'lpmm, 4 bits': {'mu': Flat(_DYNAMIC4), 'nu': _linear4(scale='rank1')},
   'lpmm, 4 bits, factored': {'mu': Flat(_DYNAMIC4), 'nu': formats.Factored()},

@@ -242,6 +242,8 @@ def factored(x):
 
 # A division by a constant may be compiled to a multiplication.
 DIVIDED: dict[str, Any] = {'ulps': 4, 'fixed': 4}
+# A product and a sum may be compiled to one operation, which rounds once.
+MULTIPLIED: dict[str, Any] = {'ulps': 2}
 # Grids that depend on the smallest value of a block, too. They need no
 # reciprocal of the largest, which is not a normal number above 2^126.
 ENDS: dict[str, Any] = {'fixed': None, 'high': 1e38}
@@ -267,6 +269,7 @@ def block_int(
   if map == 'log':
     top = 2**bits - 1
     bound, own = logarithmic(top, share), ENDS | {'log_codes': top}
+    own = own | MULTIPLIED
   else:
     values, whole, own = codebook(map, bits, signed)
     bound = scaled(values, share, whole)
@@ -352,9 +355,9 @@ FORMATS = {
     feedback(logarithmic(255), codes('sqrt', 7), relative=True),
     signed=False,
     nonzero=True,
-    ulps=2,
     odd=True,
     **ENDS,
+    **MULTIPLIED,
   ),
 }
 

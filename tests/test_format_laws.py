@@ -204,10 +204,16 @@ def assert_same(ulps, *decoded):
 
 
 def assert_same_stored(row, *stored):
-  """Exact; derived for sums, which are taken in any order."""
+  """Exact; derived for sums, in any order, and for what is left of values."""
   if row.shares == 'matrix':
     rtol = 1024 * 2.0**-24  # the longest sum
     chex.assert_trees_all_close(*stored, rtol=rtol)
+  elif isinstance(stored[0], formats.Feedback) and row.ulps:
+    chex.assert_trees_all_equal(*(words(x.value) for x in stored))
+    codes, scales = zip(*(x.residual for x in stored), strict=True)
+    # Relative to the value, and so are the ulps by which it may differ.
+    chex.assert_trees_all_close(*scales, rtol=0, atol=row.ulps * 2.0**-23)
+    chex.assert_trees_all_close(*map(np.int32, codes), rtol=0, atol=1)
   else:
     chex.assert_trees_all_equal(*map(words, stored))
 
@@ -515,9 +521,7 @@ def test_who_needs_a_key(row):
     with pytest.raises(ValueError, match='`key` is None'):
       jax.eval_shape(row.format.encode, x)
   else:
-    chex.assert_trees_all_equal(
-      words(row.format.encode(x)), words(encode(row.format, x))
-    )
+    assert_same_stored(row, row.format.encode(x), encode(row.format, x))
 
 
 @over_stochastic

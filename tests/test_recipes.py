@@ -240,7 +240,6 @@ EMBEDDED = {'embed': {'table': PARAMS['w']}, 'head': {'kernel': PARAMS['w']}}
     ('embed|head', {'embed', 'head'}),
     ('(?i)HEAD', {'head'}),
     (re.compile('h.*l'), {'head'}),
-    ('norm', set()),
   ],
 )
 @pytest.mark.parametrize('name', IN_FEW_BITS)
@@ -262,6 +261,12 @@ def test_no_regular_expression():
   for pattern in ('(', 3, ['embed']):
     with pytest.raises(ValueError, match='`keep_float32` must be a regular'):
       optax_mp.adamw_8bit(0.01, keep_float32=pattern)  # pyright: ignore
+
+
+def test_keep_float32_that_keeps_nothing():
+  tx = optax_mp.adamw_8bit(0.01, keep_float32='norm')
+  with pytest.raises(ValueError, match="`keep_float32`.*got 'norm'.*'embed/"):
+    tx.init(EMBEDDED)
 
 
 def test_momentum_is_optax_s_to_choose():

@@ -89,4 +89,5 @@ def value_of(grid: Grid, code: jax.Array, scale: jax.Array) -> jax.Array:
 def times(value: jax.Array, scale: jax.Array) -> jax.Array:
   """What is not zero in units of a scale does not underflow to it."""
   product = value * scale
-  return jnp.where(value > 0, jnp.maximum(product, _TINY), product)
+  least = jnp.minimum(scale, _TINY)  # the scale is 0 where all are
+  return jnp.where(value > 0, jnp.maximum(product, least), product)

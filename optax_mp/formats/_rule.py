@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rules: which leaf of a state is kept in which format."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping
-import contextlib
-import contextvars
+from collections.abc import Callable, Collection, Mapping
+import dataclasses
+import functools
 import math
 import re
 from typing import Any, NamedTuple, TypeAlias, TypeGuard
@@ -30,33 +30,54 @@ class Choice(NamedTuple):
   note: str  # why it is not stored as one might expect, or empty
 
 
-_recorded: contextvars.ContextVar[list[Choice] | None] = contextvars.ContextVar(
-  'choices', default=None
+# Known to JAX, so that a function compiled without it is traced again.
+recording = jax.make_user_context(False)
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=['state'],
+  meta_fields=['treedef', 'choices'],
 )
+@dataclasses.dataclass(frozen=True)
+class Decided:
+  """A state, and what a rule decided for it: in ``memory.plan``'s trace only.
 
-
-@contextlib.contextmanager
-def choices() -> Iterator[list[Choice]]:
-  """Collects what rules decide while ``tx.init`` is traced.
-
-  A state has no room for it: it consists of arrays.
+  Elsewhere a state has no room for it: it consists of arrays.
   """
-  found: list[Choice] = []
-  token = _recorded.set(found)
-  try:
-    yield found
-  finally:
-    _recorded.reset(token)
+
+  state: Any
+  treedef: Any  # of the state before formats stored its leaves
+  choices: tuple[Choice | None, ...]
+
+
+def decided(state: Any, treedef: Any, choices: list[Choice | None]) -> Any:
+  """The state; where choices are recorded, with them."""
+  if not recording.value:
+    return state
+  return Decided(state, treedef, tuple(choices))
 
 
 def leaf_formats(
+  tree: Any, rule: Rule, min_size: int = 0
+) -> list[_base.Format | None]:
+  """The format of each leaf of ``tree``, in their order."""
+  return formats_of(leaf_choices(tree, rule, min_size))
+
+
+def formats_of(choices: list[Choice | None]) -> list[_base.Format | None]:
+  """What was chosen; None for what stays as it is."""
+  return [choice.format if choice else None for choice in choices]
+
+
+def leaf_choices(
   tree: Any,
   rule: Rule,
   min_size: int = 0,
   params: Collection[_paths.Path] = (),
   kept: re.Pattern[str] | None = None,
-) -> list[_base.Format | None]:
-  """The format of each leaf of ``tree``, in their order.
+) -> list[Choice | None]:
+  """What is decided for each leaf of ``tree``, in their order.
 
   Args:
     tree: a state of arrays or ShapeDtypeStructs.
@@ -66,13 +87,15 @@ def leaf_formats(
     kept: where it is found in a parameter's path, leaves stay as they are.
 
   Returns:
-    A format or None for each leaf.
+    A choice for each floating-point leaf, None for others.
   """
   check_rule(rule)
   variables = _paths.are_variables(params)
-  found = _recorded.get()
-  chosen = []
+  choices: list[Choice | None] = []
   for path, leaf, (state, param) in _leaves(tree, params):
+    if not is_float(leaf):
+      choices.append(None)
+      continue
     format, note = None, f'fewer than min_size={min_size} values'
     name = _paths.path_str(path, variables)
     if is_float(leaf, min_size):
@@ -81,10 +104,8 @@ def leaf_formats(
       else:
         format = _choose(rule, name, leaf, _paths.fields(state))
         note = _fitted.note(format, leaf.shape) if format else 'by the rule'
-    if is_float(leaf) and found is not None:
-      found.append(Choice(name, leaf.shape, format, note))
-    chosen.append(format)
-  return chosen
+    choices.append(Choice(name, leaf.shape, format, note))
+  return choices
 
 
 def check_fields(
@@ -104,6 +125,22 @@ def check_fields(
       f'`rule` names the state fields {sorted(map(str, unknown))}; got a state '
       f'with float arrays in {sorted(known)}. Use those names, or a function '
       '(path, leaf) -> format.'
+    )
+
+
+def check_kept(
+  params: Collection[_paths.Path], kept: re.Pattern[str] | None
+) -> None:
+  """Raises a ValueError if a pattern is found in no parameter's path."""
+  if kept is None:
+    return
+  variables = _paths.are_variables(params)
+  names = sorted(_paths.path_str(path, variables) for path in params)
+  if not any(map(kept.search, names)):
+    raise ValueError(
+      f'`keep_float32` must be found in the path of a parameter; got '
+      f'{kept.pattern!r} and parameters such as {names[:3]}. Leave it out '
+      'where no state is to stay float32.'
     )
 
 

@@ -123,13 +123,20 @@ def decode_leaves(
 ) -> Any:
   """:func:`decode_tree`, with the formats chosen already."""
   leaves, treedef = jax.tree_util.tree_flatten_with_path(like)
-  hint = _paths.OTHER_PARAMS
-  found = _paths.flatten_like(treedef, stored, argument, 'like', hint)
+  found = flatten_state(treedef, stored, argument)
   decoded = []
   for (path, leaf), format, x in zip(leaves, chosen, found, strict=True):
     x = _check_stored(path, x, format, leaf, argument)
     decoded.append(x if format is None else decode(format, x, leaf))
   return treedef.unflatten(decoded)
+
+
+def flatten_state(
+  treedef: Any, stored: Any, argument: str = 'state'
+) -> list[Any]:
+  """What is stored for each leaf; a ValueError for other parameters."""
+  hint = _paths.OTHER_PARAMS
+  return _paths.flatten_like(treedef, stored, argument, 'like', hint)
 
 
 # Compiled apart, so that a model of many layers traces each format once for

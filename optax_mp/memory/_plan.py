@@ -2,6 +2,7 @@
 """The bytes of parameters, state and gradients, counted from shapes alone."""
 
 import collections
+from collections.abc import Iterator
 import dataclasses
 import math
 from typing import Any, TypeAlias
@@ -131,15 +132,13 @@ def plan(
   """
   params_leaves = jax.tree.leaves(params)
   paths = _paths.param_paths(params)
-  with _rule.choices() as choices:
+  with _rule.recording(True):
     state = jax.eval_shape(tx.init, params)
-  stored = jax.tree_util.tree_leaves_with_path(state, is_leaf=formats.is_stored)
-  parts = _paths.split_paths([path for path, _ in stored], paths)
-  decided = _decided(choices, [path for path, _ in stored], paths)
+  stored = list(_leaves(state))
+  parts = _paths.split_paths([path for path, *_ in stored], paths)
   found: list[_Found] = [('params', leaf, None) for leaf in params_leaves]
   found += [
-    (_field(parts[path][0]), leaf, choice)
-    for (path, leaf), choice in zip(stored, decided, strict=True)
+    (_field(parts[path][0]), leaf, choice) for path, leaf, choice in stored
   ]
   if gradients is not None:
     found += [
@@ -148,24 +147,33 @@ def plan(
     ]
   num_params = sum(leaf.size for leaf in params_leaves)
   leaves = tuple(
-    _leaf(choice, leaf)
-    for (_, leaf), choice in zip(stored, decided, strict=True)
-    if choice
+    _leaf(choice, leaf) for _, leaf, choice in stored if choice
   )
   return Plan(_rows(found, num_params), num_params, leaves)
 
 
-def _decided(
-  choices: list[_rule.Choice], paths: list[Any], params: Any
-) -> list[_rule.Choice | None]:
-  """What was decided for each leaf of a state, by the end of its path."""
-  by_path = {choice.path: choice for choice in choices}
-  variables = _paths.are_variables(params)
-  decided = []
-  for path in paths:
-    ends = (_paths.path_str(path[i:], variables) for i in range(len(path)))
-    decided.append(next((by_path[x] for x in ends if x in by_path), None))
-  return decided
+def _leaves(
+  state: Any,
+) -> Iterator[tuple[_paths.Path, Any, _rule.Choice | None]]:
+  """Path, what is stored there, and what was decided if a rule did."""
+  nodes = jax.tree_util.tree_leaves_with_path(
+    state, is_leaf=lambda x: _is_decided(x) or formats.is_stored(x)
+  )
+  for path, node in nodes:
+    if not _is_decided(node):
+      yield path, node, None
+      continue
+    places = node.treedef.unflatten(range(node.treedef.num_leaves))
+    places = jax.tree_util.tree_leaves_with_path(places)
+    leaves = node.treedef.flatten_up_to(node.state)
+    for (end, _), leaf, choice in zip(
+      places, leaves, node.choices, strict=True
+    ):
+      yield (*path, *end), leaf, choice
+
+
+def _is_decided(x: Any) -> bool:
+  return isinstance(x, _rule.Decided)
 
 
 def _leaf(choice: _rule.Choice, stored: Any) -> Leaf:

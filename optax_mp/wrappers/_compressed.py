@@ -113,9 +113,12 @@ def keep_compressed(
   _check_min_size(min_size)
   inner, seed = _common.checked(inner, seed)
 
-  def choose(like, params):
+  def choices(like, params):
     paths = _paths.param_paths(params)
-    return _rule.leaf_formats(like, rule, min_size, paths, kept)
+    return _rule.leaf_choices(like, rule, min_size, paths, kept)
+
+  def choose(like, params):
+    return _rule.formats_of(choices(like, params))
 
   @_common.laid_out
   def build(params):
@@ -124,13 +127,16 @@ def keep_compressed(
     state = _common.lay_out(state, params)
     state = _common.not_constant(state)
     now = _common.noise_key(seed, jnp.uint32(0))
-    return _tree.encode_leaves(state, choose(state, params), now)
+    decided = choices(state, params)
+    stored = _tree.encode_leaves(state, _rule.formats_of(decided), now)
+    return _rule.decided(stored, jax.tree.structure(state), decided)
 
   def init_fn(params):
     if jax.tree.leaves(params):  # `optax.tree.map_params` has none, nor groups
       like = _template(inner, params)
       chosen = choose(like, params)
       _check_wide(like, chosen)
+      _rule.check_kept(_paths.param_paths(params), kept)
       if not may_do_nothing:
         _rule.check_fields(like, rule, _paths.param_paths(params))
         if all(format is None for format in chosen):
@@ -182,7 +188,9 @@ def _recomputed(stored: Any, like: Any) -> Any:
       lambda x: _barrier(x) if x.shape == leaf.shape else x, parts
     )
 
-  return jax.tree.map(told_apart, like, stored)
+  leaves, treedef = jax.tree.flatten(like)
+  found = _tree.flatten_state(treedef, stored)
+  return treedef.unflatten(map(told_apart, leaves, found))
 
 
 def _barrier(x: Any) -> Any:

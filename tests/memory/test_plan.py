@@ -3,6 +3,7 @@
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -131,6 +132,33 @@ def test_seventy_billion_parameters_take_no_time():
 
   memory.plan(optax_mp.compressed(optax.adam(1e-4), Counting(8)), params)
   assert sorted(traced) == [(8192,), (8192, 8192), (8192, 41_000)]
+
+
+def test_every_wrapper_has_its_own_choices():
+  """And they stand there however often, and whatever else, was traced."""
+  params = {'w': _shape(64, 128)}
+  tx = optax.chain(
+    optax_mp.compressed(optax.scale_by_adam(), formats.BlockInt(8)),
+    optax_mp.compressed(optax.trace(0.9), lambda path, leaf: formats.Split(8)),
+  )
+  state = jax.eval_shape(tx.init, params)
+  for _ in range(2):
+    chosen = [(x.path, x.bits_per_value) for x in memory.plan(tx, params).leaves]
+    assert chosen == [('mu/w', 8.25), ('nu/w', 8.25), ('trace/w', 24.0)]
+  chex.assert_trees_all_equal_structs(jax.eval_shape(tx.init, params), state)
+
+
+def test_says_why_a_leaf_is_kept_so():
+  params = {'a': _shape(100, 96), 'b': _shape(64), 'head': _shape(64, 128)}
+  tx = optax_mp.sgdm_8bit(0.1, keep_float32='head')
+  plan = memory.plan(tx, params)
+  assert {x.path.split('/')[-1]: x.note for x in plan.leaves} == {
+    'a': 'one scale a row: 96 is no multiple of 128',
+    'b': 'fewer than min_size=4096 values',
+    'head': "kept by 'head'",
+  }
+  text = plan.by_leaf()
+  assert all(x.note in text and x.path in text for x in plan.leaves)
 
 
 def test_works_for_any_transformation():
