@@ -39,13 +39,17 @@ def _rows(text):
 
 
 @needs_h100
-def test_prints_every_recipe(capsys, tmp_path):
+def test_prints_and_draws_a_table(capsys, tmp_path):
+  """Of four: all that the package exports would take a minute."""
   figure = tmp_path / 'plot.png'
-  program.main([*TINY, *H100, '--plot', str(figure)])
+  names = [
+    'optax.adamw, float32', 'optax.adamw, bfloat16', 'adamw_bf16', 'adamw_8bit'
+  ]  # fmt: skip
+  only = [f'--only={name}' for name in names]
+  program.main([*TINY, *H100, *only, '--plot', str(figure)])
   text = capsys.readouterr().out
   rows = _rows(text)
-  ours = {'adamw_bf16', 'lion_bf16', 'sgdm_bf16'}
-  assert ours < set(rows)
+  assert set(rows) == set(names)
   assert rows['optax.adamw, float32'][0] == '16.00'
   assert rows['optax.adamw, bfloat16'][0] == '8.00'
   assert {row[-1] for row in rows.values()} == {'yes'}
@@ -217,11 +221,7 @@ def test_fit_prints_the_most(capsys, monkeypatch):
   monkeypatch.setattr(_survey, 'compile_step', compile_step)
   expected = {
     'optax.adamw, float32': 1,
-    'optax.adamw, bfloat16': 3,
-    'adamw_bf16': 1,
     'lion_bf16': 2,
-    'sgdm_bf16': 2,
-    'adamw_8bit': 3,
     'adamw_4bit': 4,
   }
   flags = ['--vocabulary', '256', *H100, '--fit']
@@ -229,7 +229,7 @@ def test_fit_prints_the_most(capsys, monkeypatch):
   program.main([*TINY, *flags])
   rows = _rows(capsys.readouterr().out)
   layers = {name: int(cells[-2]) for name, cells in rows.items()}
-  # A layer has 198,272 parameters, kept in 12, 6, 10, 7, 7, 5 and 4 bytes.
+  # A layer has 198,272 parameters, kept in 12, 7 and 4 bytes.
   assert layers == expected
 
 
