@@ -30,6 +30,9 @@ bench: .venv/test
 	$(BIN)/python benchmarks/bytes.py
 	$(BIN)/python benchmarks/peak.py
 	$(BIN)/python benchmarks/quality.py
+	$(BIN)/python benchmarks/quality.py --b2 0.999
+	$(BIN)/python benchmarks/quality.py --b2 0.95
+	$(BIN)/python benchmarks/tracking.py
 	$(BIN)/python benchmarks/update.py
 	$(BIN)/python benchmarks/speed.py
 

@@ -44,6 +44,7 @@ COMPILED = [
   for name in CONTENDERS
   if name.startswith(('optax.adamw', 'optax.sgd', 'optax.lion'))
   or '_bf16' in name
+  or name in ('adamw_8bit', 'adamw_4bit')
 ]
 TARGETS = ('h100', 'tpu-v5e')
 

@@ -121,9 +121,7 @@ class Coat:
     codes = jnp.clip(expanded, -448, 448).astype(jnp.float8_e4m3fn)
     return CoatBlock(codes, scale, exponent, centre)
 
-  def decode(
-    self, stored: CoatBlock, like: jax.ShapeDtypeStruct
-  ) -> chex.Array:
+  def decode(self, stored: CoatBlock, like: jax.ShapeDtypeStruct) -> chex.Array:
     """The roots of codes, times the centre."""
     expanded = stored.codes.astype(jnp.float32) * stored.scale
     size = jnp.abs(expanded) ** (1 / stored.exponent) * stored.centre

@@ -12,9 +12,9 @@ in the difference. All matrices have their moments stored small, embedding and
 head too. `--b2` is for AdamW alone, and for the formats that others publish: it
 has a result of its own, `quality_b2_0.999.json`.
 
-Half an hour each on a core of a CPU. The result is written after each
-contender; the same command goes on where Ctrl-C left it, and with `--only` it
-measures those contenders again.
+An hour each on a core of a CPU. The result is written after each contender; the
+same command goes on where Ctrl-C left it, and with `--only` it measures those
+contenders again.
 """
 
 import argparse
@@ -158,13 +158,18 @@ def told(
 def earlier(
   name: str, folder: pathlib.Path, wanted: dict[str, Any]
 ) -> dict[str, list[float]]:
-  """Losses of a run that stopped; none if its conditions were others."""
+  """Losses of a run that stopped; a ValueError if it was another one."""
   try:
     result = results.load(name, folder)
   except FileNotFoundError:
     return {}
-  same = all(result.get(key) == value for key, value in wanted.items())
-  rows = result['contenders'] if same else {}
+  others = [key for key, value in wanted.items() if result.get(key) != value]
+  if others:
+    raise ValueError(
+      f'`{folder / name}.json` is of another {" and ".join(others)}, and would '
+      'be overwritten. Remove it, or name another folder with `--out`.'
+    )
+  rows = result['contenders']
   return {name: row['losses'] for name, row in rows.items() if name in STUDIED}
 
 
@@ -250,4 +255,7 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-  main()
+  try:
+    main()
+  except ValueError as error:
+    sys.exit(f'error: {error}')

@@ -109,8 +109,8 @@ def adamw_4bit(
   **Savings:** 4 bytes per parameter and 2 of a bfloat16 gradient; in float32
   AdamW takes 16.
 
-  **Caveats:** sixteen codes are few: updates are several times as far from
-  those of float32 as with :func:`adamw_8bit`, which takes one byte more.
+  **Caveats:** sixteen codes are few: updates are an order of magnitude farther
+  from those of float32 than with :func:`adamw_8bit`, which takes one byte more.
 
   References:
     Li et al., `Memory Efficient Optimizers with 4-bit States

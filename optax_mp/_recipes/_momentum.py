@@ -26,7 +26,7 @@ def lion_8bit(
     *args: arguments of ``optax.lion``: ``learning_rate, b1, b2, ...``.
     residual_bits: 16, 8 or 0 bits beside each bfloat16 parameter.
     keep_float32: a regular expression: where it is found in the path of a
-      parameter (``'embed'``), moments stay float32.
+      parameter (``'embed'``), momenta stay float32.
     min_size: momenta with fewer values than this stay float32.
     seed: for the stochastic rounding. These four are ``static_args`` under
       ``optax.inject_hyperparams``.
@@ -79,7 +79,7 @@ def sgdm_8bit(
     *args: arguments of ``optax.sgd``: ``learning_rate, momentum, ...``.
     residual_bits: 16, 8 or 0 bits beside each bfloat16 parameter.
     keep_float32: a regular expression: where it is found in the path of a
-      parameter (``'embed'``), moments stay float32.
+      parameter (``'embed'``), momenta stay float32.
     min_size: momenta with fewer values than this stay float32.
     seed: for the stochastic rounding. These four are ``static_args`` under
       ``optax.inject_hyperparams``.
@@ -89,9 +89,8 @@ def sgdm_8bit(
     A transformation for bfloat16 parameters; see :func:`compensated`.
 
   Raises:
-    ValueError: as :func:`compensated` does; for ``momentum=None``;
-      for ``mu_dtype``, whose place
-      the formats take.
+    ValueError: as :func:`compensated` does; for ``momentum=None``; for
+      ``accumulator_dtype``, whose place the formats take.
 
   Examples:
     >>> import jax.numpy as jnp, optax_mp
@@ -132,7 +131,7 @@ def muon_8bit(
     *args: arguments of ``contrib.muon``: ``learning_rate, ns_coeffs, ...``.
     residual_bits: 16, 8 or 0 bits beside each bfloat16 parameter.
     keep_float32: a regular expression: where it is found in the path of a
-      parameter (``'embed'``), moments stay float32.
+      parameter (``'embed'``), momenta stay float32.
     min_size: momenta with fewer values than this stay float32.
     seed: for the stochastic rounding. These four are ``static_args`` under
       ``optax.inject_hyperparams``.

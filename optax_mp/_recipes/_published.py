@@ -108,8 +108,9 @@ def flash_adamw(
   **Savings:** 5.25 bytes per parameter and 2 of a bfloat16 gradient; in float32
   AdamW takes 16.
 
-  **Caveats:** blocks of 32 cost a TPU more temporaries than those of 128 in
-  :func:`adamw_8bit`, which also has the smaller error.
+  **Caveats:** on a TPU the update copies moments in float32, more than it saves
+  where a leaf is large: a tile has 128 columns, and a block 32. There, and for
+  the smaller error, take :func:`adamw_8bit`.
 
   References:
     `FlashOptim <https://arxiv.org/abs/2602.23349>`_, 2026

@@ -42,15 +42,14 @@ class BlockInt:
     \qquad \mathrm{decode} = \mathrm{sign}\; v(n)\, s,
 
   or, rounded stochastically, one of the two codes around x, with probabilities
-  that make the mean of what is decoded x ('log': of its logarithm, taken
-  linear between powers of two).
+  that make the mean of what is decoded x ('log': of its logarithm).
 
   =========== ======================================== ====================
   map         v(n), N the largest code                 of
   =========== ======================================== ====================
   'sqrt'      (n / N)^2                                first moments
-  'log'       equal ratios between the smallest and    second moments
-              the largest of the block; 0 is n = 0
+  'log'       equal ratios from the smallest to the    second moments
+              largest of the block; n = 0 is zero
   'dynamic'   decades, linear within each              8-bit optimizers
   'softsign'  z / (2 - z), z = n / N                   FlashOptim's momenta
   'linear'    n / N; 4 bits unsigned: (n + 1) / 16     4-bit optimizers' nu
@@ -67,10 +66,13 @@ class BlockInt:
       axes are no multiples of (8, ``block_size``) has one scale a row.
     scale: 'block', or 'rank1': the smallest of the largest magnitudes of a
       value's row, column, ...; sum(shape) numbers, for two axes or more.
-    rounding: 'nearest' or 'stochastic' (needs a key).
+    rounding: 'nearest' or 'stochastic' (needs a key). Of a key for 'log' the
+      last word is taken for the number of a step, over which draws are even:
+      ``jax.random.key`` will do for one array, ``compressed`` counts steps.
     keep_nonzero: whether unsigned values that are not zero never become zero,
       however small beside their block. The published formats let them: then
-      Adam divides by nothing but eps.
+      Adam divides by nothing but eps. 'log' keeps them in any case, and 4 bits
+      of 'linear' have no zero.
 
   Raises:
     ValueError: for arguments that do not go together; in ``encode``, where a
@@ -89,7 +91,8 @@ class BlockInt:
   **Caveats:** rounded to nearest, an average that moves by less than half a
   step of its code stands still: second moments with b2 = 0.999 want
   'stochastic'. A NaN, an infinity or, unsigned, a negative value makes NaN of
-  its block. Values below 2^-126 are zeros.
+  its block. Values below 2^-126 are zeros, as are those of a block whose
+  largest is above 2^126, but for 'log'.
 
   References:
     Dettmers et al., `8-bit Optimizers via Block-wise Quantization

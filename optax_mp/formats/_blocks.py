@@ -3,9 +3,9 @@
 
 On a TPU a reduction over 128 values of a row costs nothing where rows stay in
 tiles of eight: in the view (..., R / 8, 8, C / 128, 128). Seen as (..., R, C /
-128, 128) the same blocks cost an optimizer step 24 bytes of temporaries a
-value, and arrays padded to whole blocks 15 to 20. So there is no padding: an
-array that the view does not fit has a scale a row.
+128, 128) the same blocks cost an optimizer step copies of moments in float32,
+as does an array padded to whole blocks. So there is no padding: an array that
+the view does not fit has a scale a row.
 """
 
 import functools
@@ -157,7 +157,7 @@ def _reduce(pairwise, reduce, x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
   """Reduces over axes, on a CPU by halves.
 
   XLA:CPU takes the numbers of the last axis one at a time. Its halves, one
-  beside the other, are compared many at a time: ten times as fast.
+  beside the other, are compared many at a time.
   """
 
   def by_halves(x):

@@ -116,7 +116,7 @@ class Float8:
     fraction = jnp.abs(number) / self._numbers.largest
     if self.expand:
       fraction = _fp8.contract(fraction, wide)
-    value = self._grid().absolute(fraction, wide)
+    value = self._grid().unscaled(fraction, wide)
     return jnp.where(number < 0, -value, value).astype(like.dtype)
 
   def note(self, shape: tuple[int, ...]) -> str:

@@ -95,7 +95,7 @@ class Expanded:
     k = jnp.floor(_SIXTEENTHS * reach / jnp.maximum(octaves, 2.0**-10))
     return jnp.clip(k, _SMALLEST, _LARGEST)
 
-  def relative(self, x: jax.Array, scale: jax.Array) -> jax.Array:
+  def scaled(self, x: jax.Array, scale: jax.Array) -> jax.Array:
     high, _ = _unpack(scale, lax.bitcast_convert_type(x, jnp.int32))
     return jnp.where(x == 0, 0.0, jnp.abs(x) / high)
 
@@ -106,7 +106,7 @@ class Expanded:
   def value(self, code: jax.Array, scale: jax.Array) -> jax.Array:
     return contract(self.numbers.value(code), scale)
 
-  def absolute(self, value: jax.Array, scale: jax.Array) -> jax.Array:
+  def unscaled(self, value: jax.Array, scale: jax.Array) -> jax.Array:
     high, _ = _unpack(scale, lax.bitcast_convert_type(value, jnp.int32))
     return _grids.times(value, high)
 

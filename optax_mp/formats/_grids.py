@@ -29,7 +29,7 @@ class Grid(Protocol):
     """What each block needs to know, without the axes."""
     ...
 
-  def relative(self, x: jax.Array, scale: jax.Array, /) -> jax.Array:
+  def scaled(self, x: jax.Array, scale: jax.Array, /) -> jax.Array:
     """The magnitude of x in the block's units."""
     ...
 
@@ -41,8 +41,8 @@ class Grid(Protocol):
     """The relative value of a code, from 0 to ``top + 1``."""
     ...
 
-  def absolute(self, value: jax.Array, scale: jax.Array, /) -> jax.Array:
-    """The inverse of ``relative``."""
+  def unscaled(self, value: jax.Array, scale: jax.Array, /) -> jax.Array:
+    """The inverse of ``scaled``."""
     ...
 
 
@@ -67,7 +67,7 @@ def round_to(
     int32 codes from 0 to ``grid.top``.
   """
   nonzero = ~_rounding.is_zero(x)  # it may be, in units of the scale
-  x = grid.relative(x, scale)
+  x = grid.scaled(x, scale)
   threshold = 0.5
   if key is not None:
     noise = _rounding.random_bits(key, x.shape, even=grid.even)
@@ -83,7 +83,7 @@ def round_to(
 
 def value_of(grid: Grid, code: jax.Array, scale: jax.Array) -> jax.Array:
   """The magnitude of a code."""
-  return grid.absolute(grid.value(code, scale), scale)
+  return grid.unscaled(grid.value(code, scale), scale)
 
 
 def times(value: jax.Array, scale: jax.Array) -> jax.Array:

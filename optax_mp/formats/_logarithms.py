@@ -51,7 +51,7 @@ class Logarithms:
     """
     raise NotImplementedError
 
-  def relative(self, x: jax.Array, grid: jax.Array) -> jax.Array:
+  def scaled(self, x: jax.Array, grid: jax.Array) -> jax.Array:
     """The position of x, which may lie between two codes."""
     words = words_of(x)
     first, step, _ = self.unpack(grid, words >> 31)
@@ -70,7 +70,7 @@ class Logarithms:
     del grid
     return (code - 1).astype(jnp.float32)
 
-  def absolute(self, position: jax.Array, grid: jax.Array) -> jax.Array:
+  def unscaled(self, position: jax.Array, grid: jax.Array) -> jax.Array:
     """The value at a position; NaN in a block that is not finite."""
     first, step, finite = self.unpack(grid, words_of(position + 1) >> 31)
     log = first + (position * step).astype(jnp.int32)

@@ -109,7 +109,7 @@ class Scaled:
     scale = _blocks.largest(size, axes)
     return jnp.where(scale < jnp.inf, scale, jnp.nan)
 
-  def relative(self, x: jax.Array, scale: jax.Array) -> jax.Array:
+  def scaled(self, x: jax.Array, scale: jax.Array) -> jax.Array:
     """The magnitude in units of the scale; a zero needs none."""
     return jnp.where(x == 0, 0.0, jnp.abs(x) / scale)
 
@@ -121,5 +121,5 @@ class Scaled:
     del scale
     return self.map.value(code)
 
-  def absolute(self, value: jax.Array, scale: jax.Array) -> jax.Array:
+  def unscaled(self, value: jax.Array, scale: jax.Array) -> jax.Array:
     return _grids.times(value, scale)

@@ -100,8 +100,8 @@ def random_bits(
 
   A counter-based generator. It has no state and looks at global positions, so
   the draw is the same on any number of devices; it is ten integer operations a
-  value, which fuse into the update without a temporary. (Threefry takes about
-  seventy and, on the CPU, 12-16 bytes per value.)
+  value, which fuse into the update without a temporary. (Threefry takes several
+  times as many and, on the CPU, temporaries.)
 
   Args:
     key: a typed key or raw key data; each of its words takes one round.

@@ -145,7 +145,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
   add('--vocabulary', type=int, default=50304)
   add('--context', type=int, default=1024)
   add('--batch', type=int, default=1, help='sequences a step of each device')
-  add('--optimizer', default='adamw_bf16', help='the one to tell more about')
+  add('--optimizer', help='the one to tell more about')
   add('--residual-bits', type=int, choices=(16, 8, 0))
   add('--only', action='append', help='an optimizer, instead of all')
   add('--target', default='h100', choices=_targets.TARGETS)
@@ -153,6 +153,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
   add('--fit', action='store_true', help='search for the most layers that fit')
   add('--plot', metavar='FILE', help='draw the table, as .png, .svg, .pdf')
   return parser.parse_args(argv)
+
+
+def _check_name(flag: str, name: str, names: list[str]) -> None:
+  if name not in names:
+    raise ValueError(f'`--{flag}` must be one of {names}; got {name!r}.')
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -167,14 +172,13 @@ def main(argv: list[str] | None = None) -> None:
   size = size_of(arguments)
   found = recipes(arguments.residual_bits)
   names = [recipe.name for recipe in found]
-  if arguments.only and arguments.optimizer not in arguments.only:
-    arguments.optimizer = arguments.only[0]
-  for name in (*(arguments.only or ()), arguments.optimizer):
-    if name not in names:
-      flag = '--only' if name in (arguments.only or ()) else '--optimizer'
-      raise ValueError(f'`{flag}` must be one of {names}; got {name!r}.')
+  for name in arguments.only or ():
+    _check_name('only', name, names)
   found = [r for r in found if r.name in (arguments.only or names)]
   names = [recipe.name for recipe in found]
+  if arguments.optimizer is None:
+    arguments.optimizer = 'adamw_8bit' if 'adamw_8bit' in names else names[0]
+  _check_name('optimizer', arguments.optimizer, names)
   # The compilers run beside this process: as many at once as there are cores.
   with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
     rows = list(pool.map(lambda r: measure(r, size, arguments), found))

@@ -146,9 +146,7 @@ def plan(
       for leaf, dtype in _gradient_dtypes(params_leaves, gradients)
     ]
   num_params = sum(leaf.size for leaf in params_leaves)
-  leaves = tuple(
-    _leaf(choice, leaf) for _, leaf, choice in stored if choice
-  )
+  leaves = tuple(_leaf(choice, leaf) for _, leaf, choice in stored if choice)
   return Plan(_rows(found, num_params), num_params, leaves)
 
 

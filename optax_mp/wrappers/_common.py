@@ -35,7 +35,7 @@ def noise_key(seed: int, count: chex.Array) -> chex.PRNGKey:
 
   Of them only the count is in the state. The seed is a constant of the program,
   and with it the key of every leaf but for the count: a small array of its own
-  for each leaf makes XLA:TPU set aside 16 KiB for every kernel around it.
+  for each leaf makes XLA:TPU set memory aside for every kernel around it.
 
   Args:
     seed: of the wrapper.
@@ -124,7 +124,7 @@ def not_constant(state: Any) -> Any:
   """The state, plus a zero that XLA does not know to be one.
 
   Else it finds the scales of a state full of zeros when it compiles, number by
-  number: a minute for a large matrix.
+  number, which for a large matrix takes long.
   """
   zero = lax.optimization_barrier(jnp.zeros((), jnp.float32))
 

@@ -88,7 +88,7 @@ def compensated(
   come back. ``optax.apply_if_finite`` and ``value_and_grad_from_state`` want
   updates of the gradients' dtype: give them float32 gradients, or put the
   former inside, ``compensated(apply_if_finite(inner))``. After
-  ``vmap(tx.init)`` every row has the same key, and so the same noise.
+  ``vmap(tx.init)`` every row has the same noise.
 
   References:
     Lewandowski and Kosson, `Memory Efficient Mixed-Precision Optimizers

@@ -6,17 +6,16 @@ from typing import Any, NamedTuple
 
 import chex
 import jax
-from jax import lax
 import jax.numpy as jnp
 import optax
 
 from optax_mp import formats
 from optax_mp.formats import _base
-from optax_mp.formats import _fitted
 from optax_mp.formats import _paths
 from optax_mp.formats import _rule
 from optax_mp.formats import _tree
 from optax_mp.wrappers import _common
+from optax_mp.wrappers import _passes
 
 
 class CompressedState(NamedTuple):
@@ -77,6 +76,7 @@ def compressed(
   in ``BFloat16('stochastic')``, instead of 8.
 
   **Caveats:** nearest rounding to bfloat16 freezes averages with decay 0.999.
+  Under ``vmap`` every row has the same noise.
   ``optax.tree.map_params`` with further trees needs
   ``is_leaf=formats.is_stored``.
 
@@ -160,10 +160,7 @@ def keep_compressed(
         **extra_args,
       )
 
-    scales = None
-    if any(_fitted.is_fitted(format) for format in chosen):
-      _, ahead = advance(_recomputed(state.inner_state, like))
-      scales = _tree.fit_leaves(ahead, chosen)
+    scales = _passes.fit_ahead(advance, state.inner_state, like, chosen)
     new_updates, inner_state = advance(state.inner_state)
     now = _common.noise_key(seed, state.noise_count)
     stored = _tree.encode_leaves(inner_state, chosen, now, scales)
@@ -172,31 +169,6 @@ def keep_compressed(
     return new_updates, CompressedState(stored, state.noise_count + 1)
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _recomputed(stored: Any, like: Any) -> Any:
-  """The same state, of which XLA does not know that it is the same.
-
-  Else XLA:GPU would compute new moments once, for both the scales and the
-  codes, and keep them in between. Of what is stored only the arrays of a leaf's
-  shape are told apart: that is enough, and scales have copies on a TPU. XLA:CPU
-  computes them for each of its results anyway.
-  """
-
-  def told_apart(leaf, parts):
-    return jax.tree.map(
-      lambda x: _barrier(x) if x.shape == leaf.shape else x, parts
-    )
-
-  leaves, treedef = jax.tree.flatten(like)
-  found = _tree.flatten_state(treedef, stored)
-  return treedef.unflatten(map(told_apart, leaves, found))
-
-
-def _barrier(x: Any) -> Any:
-  return lax.platform_dependent(
-    x, cpu=lambda x: x, default=lax.optimization_barrier
-  )
 
 
 def _template(inner: optax.GradientTransformation, tree: Any) -> Any:

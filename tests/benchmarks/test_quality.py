@@ -125,7 +125,7 @@ def test_an_interrupted_run_leaves_what_it_has(tmp_path, monkeypatch):
 
 
 def test_a_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
-  """Exact: what is there is kept, unless its conditions were others."""
+  """Exact: what is there is kept, and never mixed with other conditions."""
   monkeypatch.setattr(quality, 'build', _build)
   _run(monkeypatch, tmp_path, '--seeds', '2', '--only', 'adamw_bf16')
   first = results.load('quality', tmp_path)
@@ -133,7 +133,8 @@ def test_a_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
   losses = quality.earlier('quality', tmp_path, wanted)
   assert list(losses) == NAMES
   other = wanted | {'families': {}}
-  assert quality.earlier('quality', tmp_path, other) == {}
+  with pytest.raises(ValueError, match='is of another families, and would be'):
+    quality.earlier('quality', tmp_path, other)
   assert quality.earlier('nothing', tmp_path, wanted) == {}
 
 

@@ -96,6 +96,10 @@ def test_recipes_are_what_the_package_exports(monkeypatch):
     ([*TINY, '--batch', '0'], '`batch` must be positive; got 0'),
     ([*TINY, '--optimizer', 'adamw'], "`--optimizer` must be one of .*; got"),
     ([*TINY, '--only', 'adamw'], "`--only` must be one of .*; got 'adamw'"),
+    (
+      [*TINY, '--only', 'lion_8bit', '--optimizer', 'lion_bf16'],
+      r"`--optimizer` must be one of \['lion_8bit'\]; got 'lion_bf16'",
+    ),
     ([*TINY, '--devices', '9'], '`mesh` must lie|has no compiler here'),
     ([*TINY, '--devices', '0'], '`--devices` must be positive; got 0'),
     (['--params', 'nan'], '`--params` must be positive; got nan'),

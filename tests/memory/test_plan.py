@@ -143,7 +143,9 @@ def test_every_wrapper_has_its_own_choices():
   )
   state = jax.eval_shape(tx.init, params)
   for _ in range(2):
-    chosen = [(x.path, x.bits_per_value) for x in memory.plan(tx, params).leaves]
+    chosen = [
+      (x.path, x.bits_per_value) for x in memory.plan(tx, params).leaves
+    ]
     assert chosen == [('mu/w', 8.25), ('nu/w', 8.25), ('trace/w', 24.0)]
   chex.assert_trees_all_equal_structs(jax.eval_shape(tx.init, params), state)
 

@@ -267,8 +267,9 @@ def test_strict_promotion():
   assert updates['embed'].dtype == jnp.float32
 
 
-def test_structure_changed_since_init():
-  tx = optax_mp.compressed(optax.adam(1e-3), SPLIT)
+@pytest.mark.parametrize('format', [SPLIT, formats.BlockInt(8)])
+def test_structure_changed_since_init(format):
+  tx = optax_mp.compressed(optax.adam(1e-3), format)
   state = tx.init(_params())
   other = {'embed': jnp.ones((64, 64))}
   with pytest.raises(
