@@ -55,6 +55,7 @@ NO_VALLEY = ('adadelta',)
 RESTLESS = ('lion', 'compensated-0')
 WITHOUT_VALLEY = [name for name in OPTIMUM if name != 'rosenbrock']
 SQUARES = ('adadelta', 'adafactor')
+UNSIGNED = ('log', 'factored')
 # All targets for the bare optimizer and for the whole stack; the others are
 # parts of it, and get the hardest, or the one that has a bound of its own too.
 HARDEST = ('rosenbrock',)
@@ -355,6 +356,16 @@ def test_converges_with_a_state_in_8_bits(optimizer):
   """
   wrapper = 'log' if optimizer in SQUARES else 'int8'
   params, *_ = minimize(make(optimizer, wrapper), jnp.float32, WITHOUT_VALLEY)
+  chex.assert_trees_all_close(params, optimum_of(WITHOUT_VALLEY), **CLAIM)
+
+
+@pytest.mark.parametrize(
+  'wrapper', [name for name in tables.STATES if name not in UNSIGNED]
+)
+def test_converges_with_momentum_in_every_format(wrapper):
+  """kind: claim. Second moments alone are for the other formats."""
+  tx = make('sgd-momentum', wrapper)
+  params, *_ = minimize(tx, jnp.float32, WITHOUT_VALLEY)
   chex.assert_trees_all_close(params, optimum_of(WITHOUT_VALLEY), **CLAIM)
 
 
