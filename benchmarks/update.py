@@ -15,7 +15,9 @@ each row, so that Ctrl-C leaves what there is.
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
 import functools
+import itertools
 import os
 import pathlib
 import time
@@ -143,7 +145,8 @@ def rows(
   """What is compared; ours first, before a peer's import can slow them down."""
   found = {
     name: peers.Peer('optax_mp', functools.partial(contender, name))
-    for name in CONTENDERS
+    for name, row in CONTENDERS.items()
+    if row.family != 'muon'  # whose step is matrix products
   }
   found |= peers.PEERS if with_peers else {}
   return {name: row for name, row in found.items() if name in (only or found)}
@@ -169,13 +172,15 @@ def figures(
     for of, shapes in SHAPES.items()
   }
   if isinstance(built, peers.JaxOptimizer):
-    told['compiled'] = {
-      target: {
-        of: attempt(compiled, built, target, shapes)
-        for of, shapes in (SHAPES | LARGE).items()
-      }
-      for target in targets
-    }
+    jobs = list(itertools.product(targets, (SHAPES | LARGE).items()))
+    # The compilers run beside this process: as many at once as there are cores.
+    with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+      found = pool.map(
+        lambda job: attempt(compiled, built, job[0], job[1][1]), jobs
+      )
+      told['compiled'] = {target: {} for target in targets}
+      for (target, (of, _)), part in zip(jobs, found, strict=True):
+        told['compiled'][target][of] = part
   return told
 
 
