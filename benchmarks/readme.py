@@ -50,7 +50,6 @@ FORMATS = [
 # Models and targets of `benchmarks/peak.py`.
 PEAKS = [('124M', 'h100'), ('124M', 'tpu-v5e'), ('7B', 'h100')]
 UPDATE_TARGETS = ('h100', 'tpu-v5e')
-QUALITY, MOMENTS = 'quality', 'quality_b2_0.999'
 DEMO = {
   'adamw_fp32': 'optax.adamw, float32',
   'adamw_plain_bf16': 'optax.adamw, bfloat16',
@@ -61,12 +60,11 @@ DEMO = {
 def headline() -> str:
   """One sentence with one number and its conditions."""
   counted = results.load('bytes')['counted']
-  quality, moments = (results.load(name) for name in (QUALITY, MOMENTS))
+  quality = results.load('quality')
   sizes = [counted[n]['total'] for n in ('adamw_8bit', 'adamw_bf16', REFERENCE)]
-  eight = _gap(moments['contenders']['adamw_8bit'])
-  bf16, plain = (
+  eight, bf16, plain = (
     _gap(quality['contenders'][name])
-    for name in ('adamw_bf16', 'optax.adamw, bfloat16')
+    for name in ('adamw_8bit', 'adamw_bf16', 'optax.adamw, bfloat16')
   )
   millions = quality['num_params'] / 1e6
   return '\n'.join(
@@ -85,9 +83,7 @@ def headline() -> str:
 def recipes() -> str:
   """Each recipe: bytes, loss, peaks of whole steps."""
   counted = results.load('bytes')['counted']
-  # The first has the bfloat16 recipes, the second those of small moments.
-  quality = results.load(MOMENTS)['contenders']
-  quality |= results.load(QUALITY)['contenders']
+  quality = results.load('quality')['contenders']
   steps = results.load('peak')['steps']
   rows = [
     [
@@ -160,12 +156,12 @@ def peaks() -> str:
 
 def quality() -> str:
   """Losses and gaps."""
-  return _losses(QUALITY)
+  return _losses('quality')
 
 
 def moments() -> str:
   """The same of AdamW alone, by how moments are stored."""
-  return _losses(MOMENTS)
+  return _losses('quality_b2_0.999')
 
 
 def decays() -> str:
@@ -192,11 +188,15 @@ def tracking() -> str:
   names = [*PUBLISHED, *OURS]
   rows = [
     [f'`{name}`' if name in OURS else name]
-    + [_percents(run['pairs'][name], 'update') for run in runs.values()]
+    + [
+      _percents(run['pairs'][name], field)
+      for field in ('update', 'stored')
+      for run in runs.values()
+    ]
     + [_octaves(run['pairs'][name]) for run in runs.values()]
     for name in names
   ]
-  head = [f'update, b2 = {b2}' for b2 in runs]
+  head = [f'{x}, b2 = {b2}' for x in ('update', 'stored') for b2 in runs]
   return _table(['moments', *head, *(f'nu, {b2}' for b2 in runs)], rows)
 
 
