@@ -171,19 +171,24 @@ PUBLISHED: dict[str, Pair] = {
 _SOFTSIGN4 = formats.BlockInt(4, map='softsign', rounding='stochastic')
 
 
+def _first(**settings: Any) -> formats.BlockInt:
+  settings |= {'rounding': 'stochastic', 'stochastic_below': 10}
+  return formats.BlockInt(8, **settings)
+
+
 def _second(bits: Any = 8, **settings: Any) -> formats.BlockInt:
   return formats.BlockInt(bits, signed=False, rounding='stochastic', **settings)
 
 
 # The recipes with b1=0.9, by their names; a test compares.
 OURS: dict[str, Pair] = {
-  'adamw_8bit': {'mu': formats.BlockInt(8), 'nu': _second()},
+  'adamw_8bit': {'mu': _first(), 'nu': _second()},
   'coat_adamw': {
     'mu': formats.Float8(),
     'nu': formats.Float8(rounding='stochastic'),
   },
   'flash_adamw': {
-    'mu': formats.BlockInt(8, map='softsign', block_size=32),
+    'mu': _first(map='softsign', block_size=32),
     'nu': _second(map='sqrt', block_size=32),
   },
   'adamw_4bit': {'mu': _SOFTSIGN4, 'nu': _second(4)},

@@ -99,6 +99,15 @@ def test_resuming_gives_the_same_losses(tmp_path, bits, update):
   assert losses == expected
 
 
+@pytest.fixture
+def own_handler():
+  """Python's: a library that another test has loaded may have left its own."""
+  old = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield
+  signal.signal(signal.SIGINT, old)
+
+
+@pytest.mark.usefixtures('own_handler')
 def test_ctrl_c_saves_the_last_finished_step(tmp_path):
   """Exact: the signal comes from outside, whenever it comes."""
   config = _config(checkpoint=str(tmp_path), steps=200)

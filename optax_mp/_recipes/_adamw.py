@@ -24,8 +24,9 @@ def adamw_8bit(
 
   The first moment is a ``BlockInt(8)`` with square-root companding, the second
   one a ``BlockInt(8, signed=False)``: logarithmic, zero only if it is zero, and
-  rounded stochastically, so that it follows gradients that shrink. A first
-  moment with b1 >= 0.95 is rounded stochastically too.
+  rounded stochastically, so that it follows gradients that shrink. So are first
+  moments, if b1 is less than 0.95 only the small ones of a block, which would
+  stand still; of others the nearer code is the smaller error.
 
   Args:
     *args: arguments of ``optax.adamw``: ``learning_rate, b1, b2, ...``.

@@ -3,6 +3,7 @@
 
 from collections.abc import Callable, Mapping
 import inspect
+import math
 import numbers
 import re
 from typing import Any, Literal, TypeVar
@@ -15,7 +16,8 @@ from optax_mp.wrappers import compensated
 
 _Recipe = TypeVar('_Recipe', bound=Callable[..., Any])
 
-# Below it, a step of an average moves most codes by more than half of one.
+# Below it, an average that nothing is added to falls by more than half a code
+# from most codes.
 _FAST = 0.95
 
 
@@ -78,14 +80,21 @@ def sgd_with_momentum(
 def first_moment(
   *decays: Any, bits: Literal[8, 4] = 8, **settings: Any
 ) -> formats.BlockInt:
-  """The format of averages of gradients."""
-  return formats.BlockInt(bits, rounding=rounding(*decays), **settings)
+  """The format of averages of gradients.
+
+  Rounded stochastically where an average could stand still: elsewhere the
+  nearer code is a smaller error, which the next gradient corrects.
+  """
+  below = None
+  if is_fast(*decays):
+    below = max(math.floor(1 / (1 - max(0.0, decay))) for decay in decays)
+  settings |= {'rounding': 'stochastic', 'stochastic_below': below}
+  return formats.BlockInt(bits, **settings)
 
 
-def rounding(*decays: Any) -> Any:
-  """'stochastic' where a step of an average may be less than half a code."""
-  fast = [isinstance(d, numbers.Real) and d < _FAST for d in decays]
-  return 'nearest' if all(fast) else 'stochastic'
+def is_fast(*decays: Any) -> bool:
+  """Whether averages are known to fall by more than half of most codes."""
+  return all(isinstance(d, numbers.Real) and d < _FAST for d in decays)
 
 
 def second_moment(bits: Literal[8, 4] = 8, **settings: Any) -> formats.BlockInt:

@@ -20,7 +20,8 @@ def lion_8bit(
 ) -> optax.GradientTransformationExtraArgs:
   """Lion, momentum in 8 bits, parameters in bfloat16 with error feedback.
 
-  The momentum is a ``BlockInt(8)``, rounded stochastically where b2 >= 0.95.
+  The momentum is a ``BlockInt(8)``, rounded stochastically; where b2 < 0.95
+  only if it is small.
 
   Args:
     *args: arguments of ``optax.lion``: ``learning_rate, b1, b2, ...``.
@@ -72,8 +73,8 @@ def sgdm_8bit(
 ) -> optax.GradientTransformationExtraArgs:
   """SGD, momentum in 8 bits, parameters in bfloat16 with error feedback.
 
-  The momentum is a ``BlockInt(8)``, rounded stochastically where it decays by
-  0.95 or more. ``momentum`` is 0.9 unless given.
+  The momentum is a ``BlockInt(8)``, rounded stochastically; where it decays by
+  less than 0.95 only if it is small. ``momentum`` is 0.9 unless given.
 
   Args:
     *args: arguments of ``optax.sgd``: ``learning_rate, momentum, ...``.
@@ -183,7 +184,8 @@ def ademamix_8bit(
 
   The fast and the slow average are ``BlockInt(8)``, the second moment is as in
   :func:`adamw_8bit`. Averages with a decay of 0.95 or more are rounded
-  stochastically: to nearest, the slow one (0.9999) would stand still.
+  stochastically, others where they are small: to nearest, they would stand
+  still.
 
   Args:
     *args: arguments of ``contrib.ademamix``: ``learning_rate, b1, b2, ...``.

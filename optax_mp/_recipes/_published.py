@@ -56,7 +56,9 @@ def coat_adamw(
   """
   b1 = _build.argument(optax.adamw, 'b1', args, kwargs)
   rule = {
-    'mu': formats.Float8(rounding=_build.rounding(b1)),
+    'mu': formats.Float8(
+      rounding='nearest' if _build.is_fast(b1) else 'stochastic'
+    ),
     'nu': formats.Float8(rounding='stochastic'),
   }
   inner = optax.adamw(*args, **kwargs)

@@ -69,6 +69,10 @@ class BlockInt:
     rounding: 'nearest' or 'stochastic' (needs a key). Of a key for 'log' the
       last word is taken for the number of a step, over which draws are even:
       ``jax.random.key`` will do for one array, ``compressed`` counts steps.
+    stochastic_below: a code, from which on 'stochastic' takes the nearer one
+      all the same. An average with decay b that nothing is added to falls by
+      half a code and more from code 1 / (1 - b) on ('sqrt', 'softsign',
+      'linear'); below, it would stand still if it were rounded to nearest.
     keep_nonzero: whether unsigned values that are not zero never become zero,
       however small beside their block. The published formats let them: then
       Adam divides by nothing but eps. 'log' keeps them in any case, and 4 bits
@@ -108,6 +112,7 @@ class BlockInt:
   block_size: int = 128
   scale: Literal['block', 'rank1'] = 'block'
   rounding: Literal['nearest', 'stochastic'] = 'nearest'
+  stochastic_below: int | None = None
   keep_nonzero: bool = True
 
   def __post_init__(self):
@@ -118,6 +123,7 @@ class BlockInt:
     _base.check_choice(self.scale, 'scale', ('block', 'rank1'))
     _base.check_rounding(self)
     check_block_size(self.block_size)
+    self._check_stochastic_below()
     if self.map == 'log' and (self.signed or self.scale == 'rank1'):
       raise ValueError(
         "`map='log'` is for unsigned values with a grid a block; got "
@@ -147,7 +153,8 @@ class BlockInt:
     grid = self._grid()
     has_zero = not isinstance(_map_of(grid), _maps.LinearNoZero)
     keep = self.keep_nonzero and not self.signed and has_zero
-    code = _grids.round_to(grid, x, wide, noise, keep)
+    below = self.stochastic_below
+    code = _grids.round_to(grid, x, wide, noise, keep, below)
     return Block(self._stored(code, x), scales)
 
   def decode(self, stored: Block, like: jax.ShapeDtypeStruct) -> chex.Array:
@@ -164,6 +171,17 @@ class BlockInt:
     if self.scale == 'rank1' and len(shape) > 1:
       return ''
     return _blocks.why_rows(shape, self.block_size)
+
+  def _check_stochastic_below(self) -> None:
+    below = self.stochastic_below
+    _base.check_static(below, 'stochastic_below')
+    if below is None:
+      return
+    if not _base.is_integer(below) or below < 1 or self.rounding == 'nearest':
+      raise ValueError(
+        '`stochastic_below` must be a positive integer or None, and is for '
+        f"rounding='stochastic'; got {below!r} with rounding={self.rounding!r}."
+      )
 
   def _grid(self) -> _grids.Grid:
     top = 2 ** (self.bits - self.signed) - 1

@@ -71,6 +71,11 @@ class ErrorFeedback:
   def __post_init__(self):
     _base.check_format(self.format, 'format')
     _base.check_format(self.residual, 'residual')
+    if not getattr(self.residual, 'signed', True):
+      raise ValueError(
+        '`residual` must be a format with signs, as errors have them; got '
+        f'{self.residual}.'
+      )
 
   def fit(self, x: chex.Array) -> Any:
     """The scales of the value; None if its format has none."""

@@ -52,6 +52,7 @@ def round_to(
   scale: jax.Array,
   key: chex.PRNGKey | None,
   keep_nonzero: bool,
+  stochastic_below: int | None = None,
 ) -> jax.Array:
   """The code of each magnitude: one of the two grid points around it.
 
@@ -62,6 +63,7 @@ def round_to(
     key: for stochastic rounding: up with the probability (x - low) / (high -
       low), so that the mean is x. None for the nearer one.
     keep_nonzero: whether what is not zero may not become the code 0.
+    stochastic_below: from this code on the nearer one is taken all the same.
 
   Returns:
     int32 codes from 0 to ``grid.top``.
@@ -73,6 +75,8 @@ def round_to(
     noise = _rounding.random_bits(key, x.shape, even=grid.even)
     threshold = _rounding.uniform(noise)
   code = jnp.clip(grid.below(x, scale), 0, grid.top)
+  if stochastic_below is not None:
+    threshold = jnp.where(code < stochastic_below, threshold, 0.5)
   low, high = grid.value(code, scale), grid.value(code + 1, scale)
   up = threshold * (high - low) < x - low
   code = jnp.minimum(code + up.astype(jnp.int32), grid.top)

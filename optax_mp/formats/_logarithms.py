@@ -104,13 +104,17 @@ def _mantissa(words: jax.Array) -> jax.Array:
 
 
 def ends(
-  x: jax.Array, axes: tuple[int, ...]
+  x: jax.Array, axes: tuple[int, ...], octaves: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Words of the smallest and the largest, and whether all are finite.
 
   Of values that are not zero; where all are, both are that of the smallest
-  number. One selection and two reductions: XLA:GPU recomputes little for the
-  second of two kernels, and keeps the rest as temporaries.
+  number. The smallest is taken to be no more than some octaves below the
+  largest: a value whose gradients have ended falls without end, and would take
+  the codes of the others with it.
+
+  One selection and two reductions: XLA:GPU recomputes little for the second of
+  two kernels, and keeps the rest as temporaries.
   """
   high = _blocks.largest(x, axes)
   low = _blocks.smallest(jnp.where(_rounding.is_zero(x), jnp.inf, x), axes)
@@ -118,4 +122,4 @@ def ends(
   low, high = (
     jnp.maximum(words_of(x), _NORMAL) for x in (jnp.minimum(low, high), high)
   )
-  return low, high, finite
+  return jnp.maximum(low, high - octaves * OCTAVE), high, finite

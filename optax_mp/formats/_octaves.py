@@ -7,12 +7,13 @@ goes up in equal steps of the logarithm:
     log = octave + 2^23 / n (code - 1),    code = 1 ... top;    code 0 is zero.
 
 ``n`` is the largest of eight sizes an octave with which the codes reach the
-largest value. It is a whole number, so all grids of one n are parts of the same
-one: a block has the same codes when it is multiplied by a power of two, and a
-stored value is still on the grid in the next step, when all values have shrunk
-by 1 - b2 and the ends with them. What is rounded is only what the average moves
-by, a small part of a code, and most of the noise is gone. Of sixteen codes this
-would be a bad use; they have ``_log``.
+largest value; what is more than 40 octaves smaller has the code 1. It is a
+whole number, so all grids of one n are parts of the same one: a block has the
+same codes when it is multiplied by a power of two, and a stored value is still
+on the grid in the next step, when all values have shrunk by 1 - b2 and the ends
+with them. What is rounded is only what the average moves by, a small part of a
+code, and most of the noise is gone. Of sixteen codes this would be a bad use;
+they have ``_log``.
 """
 
 import dataclasses
@@ -25,6 +26,7 @@ from optax_mp.formats import _logarithms
 from optax_mp.formats import _rounding
 
 _MOST = 512  # steps an octave
+_OCTAVES = 40  # of the codes of a block at most, six steps each
 # A grid is a word a block: the octave's and, in its 23 bits that are free, the
 # step, from 2^14 to 2^23, as a float32 without its last 4 bits.
 _STEP_DROPPED = 4
@@ -37,7 +39,7 @@ class Octaves(_logarithms.Logarithms):
 
   def fit(self, x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     """The grid of each block, uint32, without the axes."""
-    low, high, finite = _logarithms.ends(x, axes)
+    low, high, finite = _logarithms.ends(x, axes, _OCTAVES)
     octave = low & _logarithms.EXPONENTS
     # Its logarithm is above the largest word by a twelfth of an octave or less.
     span = (high - octave).astype(jnp.float32) + _logarithms.OCTAVE / 12

@@ -7,6 +7,7 @@ import functools
 import math
 import re
 from typing import Any, NamedTuple, TypeAlias, TypeGuard
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -128,19 +129,20 @@ def check_fields(
     )
 
 
-def check_kept(
+def warn_unless_kept(
   params: Collection[_paths.Path], kept: re.Pattern[str] | None
 ) -> None:
-  """Raises a ValueError if a pattern is found in no parameter's path."""
+  """Says so if a pattern is found in no path: one of several groups may be."""
   if kept is None:
     return
   variables = _paths.are_variables(params)
   names = sorted(_paths.path_str(path, variables) for path in params)
   if not any(map(kept.search, names)):
-    raise ValueError(
-      f'`keep_float32` must be found in the path of a parameter; got '
-      f'{kept.pattern!r} and parameters such as {names[:3]}. Leave it out '
-      'where no state is to stay float32.'
+    warnings.warn(
+      '`keep_float32` keeps nothing: it is found in no path of a parameter; '
+      f'got {kept.pattern!r} and parameters such as {names[:3]}. Leave it out '
+      'where no state is to stay float32.',
+      stacklevel=4,
     )
 
 

@@ -136,7 +136,7 @@ def keep_compressed(
       like = _template(inner, params)
       chosen = choose(like, params)
       _check_wide(like, chosen)
-      _rule.check_kept(_paths.param_paths(params), kept)
+      _rule.warn_unless_kept(_paths.param_paths(params), kept)
       if not may_do_nothing:
         _rule.check_fields(like, rule, _paths.param_paths(params))
         if all(format is None for format in chosen):
