@@ -130,10 +130,12 @@ def logarithmic(top, share=0.5):
     low, high, step = log_range(x, top)
     if top == 255:  # a position has 24 bits, a step 20
       move = share * step + 2**-19 * (high - low) + 4
-    else:  # the last code may be too low, the first is rounded, by up to 1024
-      last = np.where(log_word(x) > high - step, 2**-8 * (high - low), 0.0)
-      move = np.maximum(share * step, last) + 1024
-    low, high = value(log_word(x) - move), value(log_word(x) + move)
+    else:  # the first code may be too high, the last is rounded, by up to 1024
+      first = np.where(log_word(x) < low + step, 2**-8 * (high - low), 0.0)
+      move = np.maximum(share * step, first) + 1024
+    log = log_word(x)
+    # What is below the first code becomes it.
+    low, high = value(log - move), value(np.maximum(log, low) + move)
     x = x.astype(np.float64)
     return np.maximum(x - low, high - x) * (x > 0)
 
@@ -145,9 +147,11 @@ def log_range(x, top):
 
   Of 255 codes they are from the octave of the least to the largest, a whole
   number of 4 significant bits an octave; of 15 a step has 8 significant bits.
+  They reach down 40 octaves, or 20.
   """
   low = -largest(-np.where(x >= TINY, x, np.float32(np.inf)))
   low, high = log_word(np.minimum(low, largest(x))), log_word(largest(x))
+  low = np.maximum(low, high - (40 if top == 255 else 20) * 2.0**23)
   if top < 255:
     return low, high, (1 + 2**-8) * (high - low) / (top - 1)
   octave = np.floor(low / 2.0**23) * 2.0**23
@@ -220,10 +224,13 @@ def feedback(value, residual, relative=False):
 
   def bound(x):
     error, x = value(x), np.abs(x.astype(np.float64))
-    # A residual is relative to what was stored, within `error` of x.
-    low, high = (x - error, x + error) if relative else (1.0, 1.0)
-    ratio = np.divide(error, low, np.zeros(x.shape), where=error > 0)
-    return widest * largest(ratio) * high
+    if not relative:
+      return widest * largest(error)
+    # A residual is relative to what was stored, within `error` of x; to more
+    # than x, and at most 1, where x is below the first code.
+    ratio = np.divide(error, x - error, np.ones(x.shape), where=error < x)
+    ratio = np.where(error > 0, np.minimum(ratio, 1.0), 0.0)
+    return widest * largest(ratio) * (x + error)
 
   return bound
 

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from optax_mp.formats import _logarithms
 from optax_mp.formats import _rounding
 
-# A grid is a word a block: ``high`` without its last 11 bits, then ``step`` as a
+# A grid is a word a block: ``high`` without its last 11 bits, then ``step``, a
 # float of 5 bits of exponent and 7 of mantissa, all ones where not finite.
 _HIGH_BITS, _STEP_BITS = 20, 12
 _OCTAVES = 20  # of the codes of a block at most
