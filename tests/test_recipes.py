@@ -3,6 +3,7 @@
 
 from collections.abc import Callable
 import dataclasses
+import functools
 import inspect
 import re
 from typing import Any
@@ -302,6 +303,16 @@ def test_groups_of_small_leaves():
   }
   tx = optax.partition(groups, {'w': 'decay', 'b': 'none'})
   params = {'w': jnp.ones((64, 64), BF16), 'b': jnp.ones(64, BF16)}
+  updates, _ = tx.update(params, tx.init(params), params)
+  chex.assert_tree_all_finite(updates)
+
+
+@pytest.mark.filterwarnings('ignore:`keep_float32`')
+def test_groups_of_which_one_keeps_float32():
+  make = functools.partial(optax_mp.adamw_8bit, 1e-3, keep_float32='embed')
+  groups: Any = {'decay': make(weight_decay=0.1), 'none': make()}
+  tx = optax.partition(groups, {'embed': 'decay', 'b': 'none'})
+  params = {'embed': jnp.ones((64, 128), BF16), 'b': jnp.ones(64, BF16)}
   updates, _ = tx.update(params, tx.init(params), params)
   chex.assert_tree_all_finite(updates)
 

@@ -163,6 +163,37 @@ def test_second_moments_of_wide_blocks_follow(range_of_block):
     assert np.median(abs(pair[0] / pair[1] - 1)) <= 0.15
 
 
+@pytest.mark.parametrize(
+  ('bits', 'code', 'bias'), [(8, 1 / 6, 0.1), (4, 15 / 14, 0.3)]
+)
+def test_one_value_without_gradients_spoils_no_others(bits, code, bias):
+  """Its second moment falls without end, and would widen the block.
+
+  Claims: a bias as small as in other blocks, and an error, which in averages
+  adds up, of less than a code of the most octaves that they may reach over.
+  """
+  shape, steps = (32, 128), 10_000
+  ended = np.indices(shape)[1] == 7
+  format = formats.BlockInt(bits, False, rounding='stochastic')
+  exact = optax.scale_by_adam()
+  small = optax_mp.compressed(exact, {'nu': format})
+
+  def step(states, t):
+    key = jax.random.fold_in(jax.random.key(0), t)
+    grads = jax.random.normal(key, shape)
+    grads = jnp.where(ended & (t >= 500), 0.0, grads)
+    pairs = zip((small, exact), states, strict=True)
+    return tuple(tx.update(grads, state)[1] for tx, state in pairs), None
+
+  states = tuple(tx.init(jnp.zeros(shape)) for tx in (small, exact))
+  run = jax.jit(lambda x: jax.lax.scan(step, x, jnp.arange(steps))[0])
+  got, want = run(states)
+  got = np.asarray(format.decode(got.inner_state.nu, want.nu))[~ended]
+  want = np.asarray(want.nu)[~ended]
+  assert abs(octaves(got, want)) <= bias
+  assert np.mean(abs(np.log2(got / want))) <= code
+
+
 @pytest.mark.parametrize('name', MOMENTA)
 def test_momenta_follow(name):
   """With a decay of 0.99, the slow one of AdEMAMix with 0.9999."""

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Nothing stalls: weights move and averages decay, which bfloat16's do not."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -135,3 +137,61 @@ def test_weight_decay_alone_does_nothing_in_plain_bfloat16():
     optax.adamw(1.0, weight_decay=1e-3), start, jnp.zeros(1000)
   )
   assert np.all(params == start)
+
+
+# Muon and Lion divide by what is left, AdEMAMix never ends: in float32 as well.
+DYING = (
+  'adamw_8bit',
+  'adamw_4bit',
+  'adamw_4bit_factored',
+  'coat_adamw',
+  'flash_adamw',
+  'sgdm_8bit',
+)
+
+
+def _move_of_dead_columns(tx, dtype, until=200, steps=900):
+  """How far weights move after their gradients have ended, others' have not."""
+  shape = (32, 128)
+  dead = np.indices(shape)[1] % 2 == 1
+
+  def step(carry, t):
+    params, state = carry
+    key = jax.random.fold_in(jax.random.key(0), t)
+    grads = 0.1 + jax.random.normal(key, shape)
+    grads = jnp.where(dead & (t >= until), 0.0, grads).astype(dtype)
+    updates, state = tx.update(grads, state, params)
+    return (optax.apply_updates(params, updates), state), params[:, 1::2]
+
+  params = jnp.ones(shape, dtype)
+  run = jax.jit(lambda carry: jax.lax.scan(step, carry, jnp.arange(steps))[1])
+  trace = np.asarray(run((params, tx.init(params))), np.float32)
+  return np.abs(trace[until:] - trace[until]).max()
+
+
+@pytest.mark.parametrize('name', DYING)
+def test_weights_whose_gradients_end_come_to_rest(name):
+  """Claim: after at most five times the way of float32's.
+
+  First moments that stand still, over second moments that do not, would drive
+  them away without end.
+  """
+  settings: dict[str, Any] = {'b2': 0.95, 'weight_decay': 0.0}
+  exact = optax.adamw(1e-3, **settings)
+  if name == 'sgdm_8bit':
+    settings, exact = {}, optax.sgd(1e-3, momentum=0.9)
+  moved = _move_of_dead_columns(
+    getattr(optax_mp, name)(1e-3, **settings), jnp.bfloat16
+  )
+  assert moved <= 5 * _move_of_dead_columns(exact, jnp.float32)
+
+
+def test_weights_whose_first_moments_stand_still_do_not():
+  """Claim, which the test above can see: to nearest they go ever farther."""
+  nearest = {
+    'mu': formats.BlockInt(8),
+    'nu': formats.BlockInt(8, signed=False, rounding='stochastic'),
+  }
+  inner = optax.adamw(1e-3, b2=0.95, weight_decay=0.0)
+  tx = optax_mp.compressed(inner, nearest)
+  assert _move_of_dead_columns(tx, jnp.float32) > 1.0

@@ -12,6 +12,7 @@ from optax_mp.formats import _base
 from optax_mp.formats import _blocks
 from optax_mp.formats import _dynamic
 from optax_mp.formats import _grids
+from optax_mp.formats import _groups
 from optax_mp.formats import _log
 from optax_mp.formats import _maps
 from optax_mp.formats import _octaves
@@ -122,7 +123,7 @@ class BlockInt:
     _base.check_choice(self.map, 'map', _MAPS)
     _base.check_choice(self.scale, 'scale', ('block', 'rank1'))
     _base.check_rounding(self)
-    check_block_size(self.block_size)
+    _groups.check_block_size(self.block_size)
     self._check_stochastic_below()
     if self.map == 'log' and (self.signed or self.scale == 'rank1'):
       raise ValueError(
@@ -138,7 +139,7 @@ class BlockInt:
 
   def fit(self, x: chex.Array) -> Any:
     """The scales that ``encode`` would store."""
-    return fit(self._grid(), self._groups(x.shape), x)
+    return _groups.fit(self._grid(), self._groups(x.shape), x)
 
   def encode(
     self, x: chex.Array, key: chex.PRNGKey | None = None, scales: Any = None
@@ -149,7 +150,7 @@ class BlockInt:
       noise = _base.check_key(key, self)
     x = jnp.asarray(x, jnp.float32)
     scales = self.fit(x) if scales is None else scales
-    wide = expand(self._groups(x.shape), scales)
+    wide = _groups.expand(self._groups(x.shape), scales)
     grid = self._grid()
     has_zero = not isinstance(_map_of(grid), _maps.LinearNoZero)
     keep = self.keep_nonzero and not self.signed and has_zero
@@ -159,7 +160,7 @@ class BlockInt:
 
   def decode(self, stored: Block, like: jax.ShapeDtypeStruct) -> chex.Array:
     """Gives the codes' values, in the dtype of ``like``."""
-    wide = expand(self._groups(like.shape), stored.scales)
+    wide = _groups.expand(self._groups(like.shape), stored.scales)
     code = jnp.asarray(stored.codes, jnp.int32) - self._lowest() - self._zero()
     if not self.signed:
       return _grids.value_of(self._grid(), code, wide).astype(like.dtype)
@@ -201,7 +202,7 @@ class BlockInt:
 
   def _groups(self, shape: tuple[int, ...]) -> Any:
     if self.scale == 'rank1' and len(shape) > 1:
-      return _blocks.Rank1(shape)
+      return _groups.Rank1(shape)
     return _blocks.cut(shape, self.block_size)
 
   def _zero(self) -> int:
@@ -224,33 +225,6 @@ class BlockInt:
     unsigned = self.bits == 8 and (not self.signed or zero)
     kind = f'{"u" if unsigned else ""}int{self.bits}'
     return (code + self._lowest()).astype(kind)
-
-
-def fit(grid: _grids.Grid, groups: Any, x: chex.Array) -> Any:
-  """What a grid needs to know of each group of values, as it is stored."""
-  x = jnp.asarray(x, jnp.float32)
-  if isinstance(groups, _blocks.Rank1):
-    axes = range(x.ndim)
-    return tuple(grid.fit(x, groups.others(axis)) for axis in axes)
-  fitted = grid.fit(groups.split(x), groups.axes)
-  return jax.tree.map(lambda reduced: groups.kept(reduced, x), fitted)
-
-
-def expand(groups: Any, scales: Any) -> Any:
-  """What groups of values share, for each value."""
-  if isinstance(groups, _blocks.Rank1):
-    return groups.expand(scales)
-  return jax.tree.map(groups.expand, scales)
-
-
-def check_block_size(block_size: Any) -> None:
-  """Raises a ValueError unless ``block_size`` is a positive integer."""
-  _base.check_static(block_size, 'block_size')
-  if not _base.is_integer(block_size) or block_size < 2:
-    raise ValueError(
-      f'`block_size` must be an integer, 2 or more; got {block_size!r}. 128 is '
-      'the one that costs a TPU no copies.'
-    )
 
 
 def _map_of(grid: Any) -> Any:

@@ -171,23 +171,3 @@ def _reduce(pairwise, reduce, x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
   return lax.platform_dependent(
     x, cpu=by_halves, default=lambda x: reduce(x, axes)
   )
-
-
-class Rank1(NamedTuple):
-  """The scale of a value is the smallest of its row's, column's, ... largest.
-
-  A vector an axis, sum(shape) numbers in all.
-  """
-
-  shape: tuple[int, ...]
-
-  def expand(self, scales: tuple[jax.Array, ...]) -> jax.Array:
-    """The scale of each value."""
-    wide = jnp.full(self.shape, jnp.inf, jnp.float32)
-    for axis, scale in enumerate(scales):
-      wide = jnp.minimum(wide, jnp.expand_dims(scale, self.others(axis)))
-    return wide
-
-  def others(self, axis: int) -> tuple[int, ...]:
-    """All axes but one."""
-    return tuple(i for i in range(len(self.shape)) if i != axis)

@@ -13,6 +13,7 @@ from optax_mp.formats import _block_int
 from optax_mp.formats import _blocks
 from optax_mp.formats import _fp8
 from optax_mp.formats import _grids
+from optax_mp.formats import _groups
 from optax_mp.formats import _maps
 
 
@@ -75,7 +76,7 @@ class Float8:
 
   def __post_init__(self):
     _base.check_choice(self.dtype, 'dtype', ('e4m3', 'e5m2'))
-    _block_int.check_block_size(self.block_size)
+    _groups.check_block_size(self.block_size)
     _base.check_rounding(self)
 
   @property
@@ -85,7 +86,7 @@ class Float8:
 
   def fit(self, x: chex.Array) -> jax.Array:
     """The scales that ``encode`` would store."""
-    return _block_int.fit(self._grid(), self._groups(x.shape), x)
+    return _groups.fit(self._grid(), self._groups(x.shape), x)
 
   def encode(
     self,

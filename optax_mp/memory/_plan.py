@@ -49,7 +49,7 @@ class Leaf:
 
   path: str  # in the state of its wrapper, as the rule sees it
   shape: tuple[int, ...]
-  format: str  # 'BlockInt(bits=8, ...)', or 'float32' where it has none
+  format: str  # 'BlockInt(bits=8, ...)', or a dtype where it has none
   bits_per_value: float
   note: str  # 'one scale a row: ...', 'fewer than min_size=4096 values'
 
@@ -177,7 +177,7 @@ def _is_decided(x: Any) -> bool:
 def _leaf(choice: _rule.Choice, stored: Any) -> Leaf:
   size = _values(stored, choice)
   bits_per_value = _bits(stored) / size if size else 0.0
-  format = 'float32' if choice.format is None else repr(choice.format)
+  format = _format(stored) if choice.format is None else repr(choice.format)
   return Leaf(choice.path, choice.shape, format, bits_per_value, choice.note)
 
 

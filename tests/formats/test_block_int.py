@@ -475,3 +475,29 @@ def test_the_map_has_a_default():
 def test_wrong_arguments(arguments, message):
   with pytest.raises(ValueError, match=re.escape(message)):
     formats.BlockInt(**arguments)
+
+
+def test_only_small_codes_are_rounded_stochastically():
+  """Exact: from code 10 on the nearer one, below it both."""
+  x = np.linspace(0, 1, 64 * BLOCK, dtype=np.float32).reshape(64, BLOCK)
+  x[:, 0] = 1.0
+  below = formats.BlockInt(8, rounding='stochastic', stochastic_below=10)
+  keys = jax.random.split(jax.random.key(0), 20)
+  codes = np.stack([below.encode(x, key).codes for key in keys])
+  nearest = np.asarray(formats.BlockInt(8).encode(x).codes)
+  small = np.floor(127 * np.sqrt(x)) < 10
+  assert np.all((codes == nearest) | small)
+  assert np.mean((codes != nearest)[:, small]) > 0.1
+
+
+@pytest.mark.parametrize(
+  'settings',
+  [
+    {'stochastic_below': 10},
+    {'stochastic_below': 0, 'rounding': 'stochastic'},
+    {'stochastic_below': 1.5, 'rounding': 'stochastic'},
+  ],
+)
+def test_stochastic_below_must_make_sense(settings):
+  with pytest.raises(ValueError, match='`stochastic_below` must be a positive'):
+    formats.BlockInt(8, **settings)

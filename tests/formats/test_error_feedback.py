@@ -98,7 +98,7 @@ def test_ratios_are_as_good_for_small_values(name):
 
   Were residuals those of values, the largest values would set their scale.
   """
-  pair, x = PAIRS[name], 10.0 ** -np.linspace(0, 6, 4096)
+  pair, x = PAIRS[name], 10.0 ** -np.linspace(0, 4, 4096)
   x = np.random.default_rng(0).permutation(x).reshape(16, 256).astype('f4')
   alone = np.abs(error(pair.format, x)) / x
   widest = np.diff(tables.codes('sqrt', 7)).max() / 2
@@ -146,3 +146,11 @@ def test_wrong_arguments(argument, value):
     ValueError, match=f'`{argument}` must be a format such as'
   ):
     formats.ErrorFeedback(**arguments)
+
+
+@pytest.mark.parametrize(
+  'residual', [formats.BlockInt(4, signed=False), formats.Factored()]
+)
+def test_residuals_have_signs(residual):
+  with pytest.raises(ValueError, match='`residual` must be a format with'):
+    formats.ErrorFeedback(formats.BlockInt(8), residual)
