@@ -145,7 +145,7 @@ def log_range(x, top):
   """Ends of each value's group, as logarithms, and the steps between.
 
   Of 255 codes they are from the octave of the least to the largest, a whole
-  number of 4 significant bits an octave; of 15 both ends are rounded, outward by
+  number of 4 significant bits an octave; of 15 the ends are rounded, outward by
   up to 2^12 and 2^13. They reach down 40 octaves, or 15.
   """
   low = -largest(-np.where(x >= TINY, x, np.float32(np.inf)))
