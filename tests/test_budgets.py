@@ -27,6 +27,8 @@ SHAPES = {
   # Its compilation takes as many seconds as it has leaves; 200 others are in
   # `benchmarks/results/update.json`, with limits of their own in its test.
   'small': [(128, 256)] * 50,
+  # What XLA:GPU keeps in float32 between two kernels, because it is so large.
+  'huge': [(26, 4096, 16384)],
 }
 RECIPES = [n for n in contenders.CONTENDERS if not n.startswith('optax.')]
 # Rounding of a figure in the file, and what a kernel needs whatever the size.
@@ -61,14 +63,19 @@ def test_every_recipe_has_a_budget():
   assert set(BUDGETS) == set(RECIPES)
   for budget in BUDGETS.values():
     assert 'large' in budget
-    assert all(set(row) == set(TARGETS) for row in budget.values())
+    for shapes, row in budget.items():  # a huge leaf is none for a v5e
+      assert set(row) == ({'h100'} if shapes == 'huge' else set(TARGETS))
 
 
-CASES = [(name, shapes) for name in BUDGETS for shapes in BUDGETS[name]]
+CASES = [
+  (name, shapes, target)
+  for name in BUDGETS
+  for shapes in BUDGETS[name]
+  for target in BUDGETS[name][shapes]
+]
 
 
-@pytest.mark.parametrize('target', TARGETS)
-@pytest.mark.parametrize(('name', 'shapes'), CASES)
+@pytest.mark.parametrize(('name', 'shapes', 'target'), CASES)
 def test_the_step_keeps_to_its_budget(name, shapes, target):
   """Claim: of `budgets.toml`."""
   for figure, measured in measure(name, target, SHAPES[shapes]).items():
@@ -77,7 +84,7 @@ def test_the_step_keeps_to_its_budget(name, shapes, target):
     assert measured >= 0.95 * budget - SLACK, f'{figure}: lower the budget'
 
 
-@pytest.mark.parametrize('shapes', SHAPES)
+@pytest.mark.parametrize('shapes', [s for s in SHAPES if s != 'huge'])
 def test_what_adamw_8bit_promises(shapes):
   """Claim: a ragged leaf may take more on a TPU, where it has a scale a row."""
   budget = BUDGETS['adamw_8bit'][shapes]
@@ -91,7 +98,7 @@ if __name__ == '__main__':
   # The figures to write into the file.
   for name in RECIPES:
     for shapes in BUDGETS.get(name, ['large']):
-      for target in TARGETS:
+      for target in BUDGETS.get(name, {}).get(shapes, TARGETS):
         figures = measure(name, target, SHAPES[shapes])
         rounded = {k: round(v, 2) for k, v in figures.items()}
         print(name, shapes, target, rounded, flush=True)

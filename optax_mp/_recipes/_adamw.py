@@ -55,6 +55,13 @@ def adamw_8bit(
   **Savings:** 5 bytes per parameter and 2 of a bfloat16 gradient; in float32
   AdamW takes 16.
 
+  **Caveats:** XLA:GPU keeps the second moment of an array of more than about
+  1.6e9 values in float32 while it updates it, 4 bytes for each of its values
+  (``tests/budgets.toml``); of two arrays, it does not. Under ``vmap`` all
+  members have the same noise. A ``b1`` that ``optax.inject_hyperparams`` traces
+  may have any value, so all of the first moment is then rounded stochastically:
+  name it in ``static_args``.
+
   References:
     Dettmers et al., `8-bit Optimizers via Block-wise Quantization
     <https://arxiv.org/abs/2110.02861>`_, 2022
@@ -111,7 +118,8 @@ def adamw_4bit(
   AdamW takes 16.
 
   **Caveats:** sixteen codes are few: updates are an order of magnitude farther
-  from those of float32 than with :func:`adamw_8bit`, which takes one byte more.
+  from those of float32 than with :func:`adamw_8bit`, which takes one byte more
+  and has the same caveats.
 
   References:
     Li et al., `Memory Efficient Optimizers with 4-bit States
@@ -164,6 +172,10 @@ def adamw_4bit_factored(
 
   **Savings:** 3.5 bytes per parameter and 2 of a bfloat16 gradient; in float32
   AdamW takes 16.
+
+  **Caveats:** a second moment of two vectors is another optimizer, with a loss
+  of its own: above that of AdamW by several standard errors, where the other
+  recipes are within one or so (``benchmarks/README.md``).
 
   References:
     Li et al., `Memory Efficient Optimizers with 4-bit States
