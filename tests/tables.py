@@ -42,6 +42,8 @@ class FormatRow:
   nonzero: bool = True  # and others never as zeros
   fixed: int | None = 0  # ulps by which a second store moves; None: a bin
   log_codes: int = 0  # how many, where logarithms are rounded
+  # Which values are rounded stochastically, if the format is; None: all.
+  drawn: Callable[[np.ndarray], np.ndarray] | None = None
   axes: int = 0  # arrays of fewer are refused
   ulps: int = 0  # by which two programs may differ in what they decode
   slop: float = 0.0  # what float32 adds to `bound`, relative to values
@@ -82,6 +84,12 @@ def tree(decades: int, cells: int) -> np.ndarray:
     edges = np.linspace(0.1, 1.0, cells * 2**i + 1)
     values.extend(10.0 ** (i - decades + 1) * (edges[:-1] + edges[1:]) / 2)
   return np.array([*values, 1.0])
+
+
+def small_codes(map: str, top: int, below: int):
+  """Which values lie between codes up to the one that is given."""
+  limit = codes(map, top)[below]
+  return lambda x: np.abs(x) < limit * largest(np.abs(x))
 
 
 def codes(map: str, top: int) -> np.ndarray:
@@ -322,9 +330,20 @@ FORMATS = {
     formats.ErrorFeedback(BF16('stochastic'), SPLIT(8)), 40, 2**-21
   ),
   'sqrt-8-stochastic': block_int('sqrt', 8, rounding='stochastic', odd=True),
+  'sqrt-8-below': block(
+    INT(8, rounding='stochastic', stochastic_below=40),
+    8.25,
+    scaled(codes('sqrt', 127), 1.0),
+    drawn=small_codes('sqrt', 127, 40),
+    **DIVIDED,
+  ),
+  'sqrt-8-unsigned-stochastic': block_int('sqrt', 8, False, 'stochastic'),
   'log-8-stochastic': block_int('log', 8, False, 'stochastic'),
   'log-4-stochastic': block_int('log', 4, False, 'stochastic'),
+  'dynamic-8': block_int('dynamic', 8),
+  'dynamic-8-unsigned': block_int('dynamic', 8, False),
   'dynamic-4': block_int('dynamic', 4, odd=True),
+  'softsign-8': block_int('softsign', 8),
   'softsign-4-stochastic': block_int('softsign', 4, rounding='stochastic'),
   'linear-4-unsigned': block_int('linear', 4, False),
   'linear-4-rank1': block(
@@ -338,6 +357,7 @@ FORMATS = {
     odd=True,
   ),
   'e4m3': block(formats.Float8(), 8.25, expanded(E4M3), odd=True, **POWERS),
+  'e5m2': block(formats.Float8('e5m2'), 8.25, expanded(E5M2), **POWERS),
   'e4m3-stochastic': block(
     formats.Float8(rounding='stochastic'), 8.25, expanded(E4M3, 1.0), **POWERS
   ),

@@ -56,6 +56,7 @@ RESTLESS = ('lion', 'compensated-0')
 WITHOUT_VALLEY = [name for name in OPTIMUM if name != 'rosenbrock']
 SQUARES = ('adadelta', 'adafactor')
 UNSIGNED = ('log', 'factored')
+NO_SIGNS = ('adadelta', 'adafactor', 'adagrad')  # in their states
 # All targets for the bare optimizer and for the whole stack; the others are
 # parts of it, and get the hardest, or the one that has a bound of its own too.
 HARDEST = ('rosenbrock',)
@@ -357,6 +358,18 @@ def test_converges_with_a_state_in_8_bits(optimizer):
   wrapper = 'log' if optimizer in SQUARES else 'int8'
   params, *_ = minimize(make(optimizer, wrapper), jnp.float32, WITHOUT_VALLEY)
   chex.assert_trees_all_close(params, optimum_of(WITHOUT_VALLEY), **CLAIM)
+
+
+@pytest.mark.parametrize(
+  ('optimizer', 'wrapper'),
+  [pair for pair in STATES if pair[0] in NO_SIGNS or pair[1] not in UNSIGNED],
+)
+def test_every_state_takes_steps(optimizer, wrapper):
+  """Squares in a signed format, too; what has signs needs one."""
+  start = {'kernel': small_tree(jnp.float32)['kernel']}
+  params, state = train(make(optimizer, wrapper), start, steps=3)
+  chex.assert_tree_all_finite(params)
+  assert np.all(params['kernel'] != start['kernel'])
 
 
 @pytest.mark.parametrize(

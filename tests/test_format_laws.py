@@ -566,6 +566,8 @@ def test_mean_is_exact(row, name):
   if row.log_codes:
     error, within = log_error(row, drawn, x)
     inside &= within
+  if row.drawn:
+    inside &= row.drawn(x)
   error = error[inside]
   assert np.all(np.abs(error) <= 5 * 0.5 / np.sqrt(len(keys)))
   assert np.abs(error.mean()) <= 5 * 0.5 / np.sqrt(len(keys) * error.size)
