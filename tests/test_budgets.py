@@ -26,7 +26,7 @@ SHAPES = {
   'ragged': [(50257, 768)],
   # Its compilation takes as many seconds as it has leaves; 200 others are in
   # `benchmarks/results/update.json`, with limits of their own in its test.
-  'small': [(128, 256)] * 50,
+  'small': [(128, 256)] * 20,
   # What XLA:GPU keeps in float32 between two kernels, because it is so large.
   'huge': [(26, 4096, 16384)],
 }

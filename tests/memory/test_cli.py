@@ -40,11 +40,9 @@ def _rows(text):
 
 @needs_h100
 def test_prints_and_draws_a_table(capsys, tmp_path):
-  """Of four: all that the package exports would take a minute."""
+  """Of three: all that the package exports would take a minute."""
   figure = tmp_path / 'plot.png'
-  names = [
-    'optax.adamw, float32', 'optax.adamw, bfloat16', 'adamw_bf16', 'adamw_8bit'
-  ]  # fmt: skip
+  names = ['optax.adamw, float32', 'optax.adamw, bfloat16', 'adamw_bf16']
   only = [f'--only={name}' for name in names]
   program.main([*TINY, *H100, *only, '--plot', str(figure)])
   text = capsys.readouterr().out
@@ -162,7 +160,7 @@ def test_the_model_learns():
     params, state, loss = step(params, state, tokens)
     losses.append(float(loss))
   assert losses[-1] < 0.2 * losses[0]
-  grads = jax.grad(gpt.loss_fn)(params, tokens)
+  grads = jax.jit(jax.grad(gpt.loss_fn))(params, tokens)
   assert all(jnp.any(g != 0) for g in jax.tree.leaves(grads))
 
 
@@ -216,24 +214,20 @@ def test_fit_prints_the_most(capsys, monkeypatch):
   def compile_step(recipe, size, target, num_devices):
     # A small device, of which the arguments alone decide.
     report = real(recipe, size, target, num_devices)
-    capacity = 4_000_000
+    capacity = 9_000_000
     return dataclasses.replace(
       report, capacity_bytes=capacity, fits=report.argument_bytes < capacity,
       peak_bytes=report.argument_bytes,
     )  # fmt: skip
 
   monkeypatch.setattr(_survey, 'compile_step', compile_step)
-  expected = {
-    'optax.adamw, float32': 1,
-    'lion_bf16': 2,
-    'adamw_4bit': 4,
-  }
+  expected = {'optax.adamw, float32': 3, 'lion_bf16': 6}
   flags = ['--vocabulary', '256', *H100, '--fit']
   flags += [f'--only={name}' for name in expected]
   program.main([*TINY, *flags])
   rows = _rows(capsys.readouterr().out)
   layers = {name: int(cells[-2]) for name, cells in rows.items()}
-  # A layer has 198,272 parameters, kept in 12, 7 and 4 bytes.
+  # A layer has 198,272 parameters, kept in 12 and 7 bytes.
   assert layers == expected
 
 
