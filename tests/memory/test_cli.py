@@ -42,7 +42,7 @@ def _rows(text):
 def test_prints_and_draws_a_table(capsys, tmp_path):
   """Of three: all that the package exports would take a minute."""
   figure = tmp_path / 'plot.png'
-  names = ['optax.adamw, float32', 'optax.adamw, bfloat16', 'adamw_bf16']
+  names = ['optax.adamw, float32', 'optax.adamw, bfloat16', 'adamw_8bit']
   only = [f'--only={name}' for name in names]
   program.main([*TINY, *H100, *only, '--plot', str(figure)])
   text = capsys.readouterr().out
