@@ -221,3 +221,15 @@ def test_a_torch_optimizer_takes_steps():
   run = peers.PEERS['torch, fused, float32'].load().run([(8, 16)])
   update.measure(run, run, pairs=2, size=1)
   assert run.num_bytes() == 4 * 8 * 16 * 4 + 4
+
+
+@pytest.mark.parametrize(
+  ('target', 'temporary', 'moved'),
+  [('tpu-v5e', 2.1, 48.0), ('h100', 0.1, 48.0)],
+)
+def test_two_hundred_leaves_in_eight_bits(target, temporary, moved):
+  """Claim, of the run that is stored: as little as for one large leaf."""
+  row = results.load('update')['rows']['adamw_8bit']
+  found = row['compiled'][target]['200 leaves']
+  assert found['temporary'] <= temporary
+  assert found['moved'] <= moved
