@@ -138,8 +138,8 @@ def logarithmic(top, share=0.5):
     low, high, step = log_range(x, top)
     if top == 255:  # a position has 24 bits, a step 20
       move = share * step + 2**-19 * (high - low) + 4
-    else:  # the largest is rounded by up to 2^12, and then to float32
-      move = share * step + 2**12 + 16
+    else:
+      move = share * step + 64 + 16  # as little need not be rounded outwards
     log = log_word(x)
     # What is below the first code becomes it.
     low, high = value(log - move), value(np.maximum(log, low) + move)
@@ -153,14 +153,14 @@ def log_range(x, top):
   """Ends of each value's group, as logarithms, and the steps between.
 
   Of 255 codes they are from the octave of the least to the largest, a whole
-  number of 4 significant bits an octave; of 15 the ends are rounded, outward by
-  up to 2^12 and 2^13. They reach down 40 octaves, or 15.
+  number of 4 significant bits an octave; of 15 the ends are rounded
+  outwards, each by up to 2^13. They reach down 40 octaves, or 15.
   """
   low = -largest(-np.where(x >= TINY, x, np.float32(np.inf)))
   low, high = log_word(np.minimum(low, largest(x))), log_word(largest(x))
   low = np.maximum(low, high - (40 if top == 255 else 15) * 2.0**23)
   if top < 255:
-    return low, high, (high - low + 2**12 + 2**13) / (top - 1)
+    return low, high, (high - low + 2 * 2**13) / (top - 1)
   octave = np.floor(low / 2.0**23) * 2.0**23
   fraction, exponent = np.frexp(largest(x).astype(np.float64))
   exponent = np.where(fraction > 0, exponent + 126, 1)

@@ -26,7 +26,8 @@ def adamw_8bit(
   one a ``BlockInt(8, signed=False)``: logarithmic, zero only if it is zero, and
   rounded stochastically, so that it follows gradients that shrink. So are first
   moments, if b1 is less than 0.95 only the small ones of a block, which would
-  stand still; of others the nearer code is the smaller error.
+  stand still. Of others the nearer code is taken, a smaller error as long as
+  gradients have noise; without any, they stop five codes short with b1 = 0.9.
 
   Args:
     *args: arguments of ``optax.adamw``: ``learning_rate, b1, b2, ...``.
@@ -60,7 +61,9 @@ def adamw_8bit(
   (``tests/budgets.toml``); of two arrays, it does not. Under ``vmap`` all
   members have the same noise. A ``b1`` that ``optax.inject_hyperparams`` traces
   may have any value, so all of the first moment is then rounded stochastically:
-  name it in ``static_args``.
+  name it in ``static_args``. With b2 above 0.999 and gradients with little
+  noise the largest second moments of a block may be much too small: draws are
+  even over steps, and grids that change for some steps meet few of them.
 
   References:
     Dettmers et al., `8-bit Optimizers via Block-wise Quantization

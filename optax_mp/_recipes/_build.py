@@ -82,8 +82,9 @@ def first_moment(
 ) -> formats.BlockInt:
   """The format of averages of gradients.
 
-  Rounded stochastically where an average could stand still: elsewhere the
-  nearer code is a smaller error, which the next gradient corrects.
+  Rounded stochastically where an average that nothing is added to would stand
+  still. Elsewhere the nearer code is a smaller error as long as gradients have
+  noise; without any, it stops 1 / (2 (1 - decay)) codes short of them.
   """
   below = None
   if is_fast(*decays):

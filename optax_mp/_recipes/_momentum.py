@@ -125,8 +125,9 @@ def muon_8bit(
 ) -> optax.GradientTransformationExtraArgs:
   """Muon, momentum in 8 bits, parameters in bfloat16 with error feedback.
 
-  Momenta are ``BlockInt(8)``, rounded stochastically; the second moments of the
-  Adam that Optax's Muon has for all but matrices are as in :func:`adamw_8bit`.
+  Momenta are ``BlockInt(8)``, rounded stochastically, with a decay below 0.95
+  only where they are small. The second moments of the Adam that Optax's Muon has
+  for all but matrices are as in :func:`adamw_8bit`.
 
   Args:
     *args: arguments of ``contrib.muon``: ``learning_rate, ns_coeffs, ...``.
@@ -184,8 +185,7 @@ def ademamix_8bit(
 
   The fast and the slow average are ``BlockInt(8)``, the second moment is as in
   :func:`adamw_8bit`. Averages with a decay of 0.95 or more are rounded
-  stochastically, others where they are small: to nearest, they would stand
-  still.
+  stochastically, others only where they are small, and would stand still.
 
   Args:
     *args: arguments of ``contrib.ademamix``: ``learning_rate, b1, b2, ...``.

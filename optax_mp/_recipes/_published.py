@@ -22,7 +22,7 @@ def coat_adamw(
 
   Both moments are ``Float8('e4m3')``, COAT's format for optimizer states; the
   second one is rounded stochastically, so that it follows gradients that
-  shrink, and neither becomes zero.
+  shrink, as is the first where b1 is 0.95 or more. Neither becomes zero.
 
   Args:
     *args: arguments of ``optax.adamw``: ``learning_rate, b1, b2, ...``.
@@ -81,7 +81,8 @@ def flash_adamw(
   The first moment is a ``BlockInt(8, map='softsign', block_size=32)``, the
   second one a ``BlockInt(8, signed=False, map='sqrt', block_size=32)``. Beyond
   FlashOptim, scales are float32 (its float16 ones lose gradients below 1e-6),
-  and the second moment is rounded stochastically and never becomes zero.
+  the second moment is rounded stochastically and never becomes zero, and the
+  first one is where it would stand still.
 
   Args:
     *args: arguments of ``optax.adamw``: ``learning_rate, b1, b2, ...``.

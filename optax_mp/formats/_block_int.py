@@ -74,6 +74,8 @@ class BlockInt:
       all the same. An average with decay b that nothing is added to falls by
       half a code and more from code 1 / (1 - b) on ('sqrt', 'softsign',
       'linear'); below, it would stand still if it were rounded to nearest.
+      Towards a gradient that has no noise at all the larger ones stop half as
+      many codes away.
     keep_nonzero: whether unsigned values that are not zero never become zero,
       however small beside their block. The published formats let them: then
       Adam divides by nothing but eps. 'log' keeps them in any case, and 4 bits
@@ -178,10 +180,12 @@ class BlockInt:
     _base.check_static(below, 'stochastic_below')
     if below is None:
       return
-    if not _base.is_integer(below) or below < 1 or self.rounding == 'nearest':
+    known = self.map not in ('log', 'dynamic') and self.rounding != 'nearest'
+    if not _base.is_integer(below) or below < 1 or not known:
       raise ValueError(
         '`stochastic_below` must be a positive integer or None, and is for '
-        f"rounding='stochastic'; got {below!r} with rounding={self.rounding!r}."
+        "rounding='stochastic' with map='sqrt', 'softsign' or 'linear'; got "
+        f'{below!r} with rounding={self.rounding!r} and map={self.map!r}.'
       )
 
   def _grid(self) -> _grids.Grid:

@@ -51,7 +51,8 @@ class Factored:
 
   **Caveats:** what is not of rank 1 is lost; for second moments only. A
   negative value makes NaN of its matrix. Leading axes are kept: a stack
-  of layers has factors for each.
+  of layers has factors for each. Means are float32: of rows or columns they
+  are zero below 2^-126, and infinite where a sum is.
 
   References:
     Shazeer and Stern, `Adafactor <https://arxiv.org/abs/1804.04235>`_, 2018;

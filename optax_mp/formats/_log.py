@@ -3,10 +3,10 @@
 
     log = high - step (top - code),    code = 1 ... top;    code 0 is zero.
 
-``high`` is the largest value of the block, to nearest: were the last code below
-it, what an average rises by would be cut off. With ``step`` the first code is
-the smallest value, rounded down: to nearest it could not fall by little. Both
-are exact to a thousandth of an octave: by what they are rounded outwards blocks
+``high`` is the largest value of the block, rounded up, and with ``step`` the
+first code is the smallest one, rounded down: what an average moves by in a step
+is less than any rounding, and beyond the codes it would be cut off. Both are
+exact to a thousandth of an octave: by what they are rounded outwards blocks
 reach further in the next step of an optimizer, and their steps grow. What is
 more than 15 octaves below the largest has the code 1. For more codes see
 ``_octaves``.
@@ -31,6 +31,7 @@ from optax_mp.formats import _logarithms
 _SPAN_BITS = 14
 _OCTAVES = 15  # of the codes of a block at most
 _DROPPED = 23 - 10
+_EXACT = 64  # what is so little off has been on the grid, and stays there
 _NOT_FINITE = 2**_SPAN_BITS - 1
 
 
@@ -42,8 +43,8 @@ class Log(_logarithms.Logarithms):
     """The grid of each block, uint32, without the axes."""
     low, high, finite = _logarithms.ends(x, axes, _OCTAVES)
     low, high = map(_logarithms.logarithm, (low, high))
-    high = _round_high(high)
-    span = jnp.maximum(high - (low >> _DROPPED), 0)
+    high = _round_up(high)
+    span = jnp.maximum(high - _round_down(low), 0)
     span = jnp.where(finite, span, _NOT_FINITE)
     return ((high << _SPAN_BITS) | span).astype(jnp.uint32)
 
@@ -58,7 +59,11 @@ class Log(_logarithms.Logarithms):
     return first, step, span < _NOT_FINITE
 
 
-def _round_high(high: jax.Array) -> jax.Array:
-  """A logarithm to nearest, 18 of its 31 bits, but not up to infinity."""
-  high = jnp.minimum(high, _logarithms.EXPONENTS - 2**_DROPPED)
-  return (high + 2 ** (_DROPPED - 1)) >> _DROPPED
+def _round_up(log: jax.Array) -> jax.Array:
+  """18 of the 31 bits of a logarithm, but not up to infinity."""
+  log = jnp.minimum(log, _logarithms.EXPONENTS - 2**_DROPPED)
+  return (log + 2**_DROPPED - _EXACT) >> _DROPPED
+
+
+def _round_down(log: jax.Array) -> jax.Array:
+  return (log + _EXACT) >> _DROPPED

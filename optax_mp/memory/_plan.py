@@ -202,9 +202,9 @@ def _bits(stored: Any) -> int:
 
 def _values(stored: Any, choice: _rule.Choice | None) -> int:
   """Numbers of the array that a stored leaf stands for."""
-  if choice is not None:
-    return math.prod(choice.shape)
-  return max((x.size for x in jax.tree.leaves(stored)), default=0)
+  largest = max((x.size for x in jax.tree.leaves(stored)), default=0)
+  # Under `vmap` the choice is that of one member, and codes have more axes.
+  return largest if choice is None else max(largest, math.prod(choice.shape))
 
 
 def _gradient_dtypes(leaves: list[Any], dtype: Any) -> list[tuple[Any, Any]]:

@@ -176,11 +176,11 @@ def test_eight_bits_end_where_float32_does(name):
   assert plain['gap'] > 10 * plain['standard_error']
   ours = [n for n in contenders if n.endswith('_8bit')]
   for name in ['adamw_bf16', 'coat_adamw', 'flash_adamw', *ours]:
-    gap = contenders[name]['gap']
+    gap = abs(contenders[name]['gap'])
     assert gap <= 2 * contenders[name]['standard_error'], name
 
 
 def test_adamw_in_eight_bits_is_within_one_standard_error():
-  """Claim of the page."""
+  """With the decay of the page; with another one it may be a little more."""
   ours = results.load('quality')['contenders']['adamw_8bit']
   assert abs(ours['gap']) <= ours['standard_error']

@@ -496,6 +496,8 @@ def test_only_small_codes_are_rounded_stochastically():
     {'stochastic_below': 10},
     {'stochastic_below': 0, 'rounding': 'stochastic'},
     {'stochastic_below': 1.5, 'rounding': 'stochastic'},
+    {'stochastic_below': 9, 'rounding': 'stochastic', 'map': 'dynamic'},
+    {'stochastic_below': 9, 'rounding': 'stochastic', 'signed': False},
   ],
 )
 def test_stochastic_below_must_make_sense(settings):
