@@ -126,8 +126,8 @@ def muon_8bit(
   """Muon, momentum in 8 bits, parameters in bfloat16 with error feedback.
 
   Momenta are ``BlockInt(8)``, rounded stochastically, with a decay below 0.95
-  only where they are small. The second moments of the Adam that Optax's Muon has
-  for all but matrices are as in :func:`adamw_8bit`.
+  only where they are small. Optax's Muon has an Adam for all but matrices: its
+  second moments are as in :func:`adamw_8bit`.
 
   Args:
     *args: arguments of ``contrib.muon``: ``learning_rate, ns_coeffs, ...``.

@@ -183,3 +183,13 @@ def test_prints_a_table():
   ]  # fmt: skip
   assert lines[-1].split() == ['total', str(9 * 4096 + 8), '9.00']
   assert len({len(line) for line in lines}) == 1
+
+
+def test_members_of_a_vmap_are_counted():
+  """Exact: a format is chosen for one of them, and stores all."""
+  one = optax_mp.adamw_8bit(1e-3)
+  tx = optax.GradientTransformation(jax.vmap(one.init), jax.vmap(one.update))
+  params = {'w': jnp.ones((8, 64, 128), jnp.bfloat16)}
+  stored = memory.plan(tx, params).rows
+  bits = {row.field: row.bits / row.values for row in stored}
+  assert bits['mu'] == bits['nu'] == 8.25
