@@ -172,7 +172,8 @@ _SOFTSIGN4 = formats.BlockInt(4, map='softsign', rounding='stochastic')
 
 
 def _first(**settings: Any) -> formats.BlockInt:
-  settings |= {'rounding': 'stochastic', 'stochastic_below': 10}
+  below = 16 if settings['map'] == 'sqrt_log' else 10
+  settings |= {'rounding': 'stochastic', 'stochastic_below': below}
   return formats.BlockInt(8, **settings)
 
 
@@ -182,7 +183,7 @@ def _second(bits: Any = 8, **settings: Any) -> formats.BlockInt:
 
 # The recipes with b1=0.9, by their names; a test compares.
 OURS: dict[str, Pair] = {
-  'adamw_8bit': {'mu': _first(), 'nu': _second()},
+  'adamw_8bit': {'mu': _first(map='sqrt_log'), 'nu': _second()},
   'coat_adamw': {
     'mu': formats.Float8(),
     'nu': formats.Float8(rounding='stochastic'),

@@ -94,8 +94,15 @@ def small_codes(map: str, top: int, below: int):
 
 def codes(map: str, top: int) -> np.ndarray:
   """The values of all codes of a map, from its definition."""
-  z = np.arange(top + 1) / top
-  return {'linear': z, 'sqrt': z**2, 'softsign': z / (2 - z)}[map]
+  n = np.arange(top + 1)
+  z = n / top
+  ratios = (16 / top) ** 2 * 2.0 ** (n - 16) * (n > 0)
+  return {
+    'linear': z,
+    'sqrt': z**2,
+    'sqrt_log': np.where(n < 16, ratios, z**2),
+    'softsign': z / (2 - z),
+  }[map]
 
 
 def numbers(dtype: Any) -> np.ndarray:
@@ -335,6 +342,13 @@ FORMATS = {
     8.25,
     scaled(codes('sqrt', 127), 1.0),
     drawn=small_codes('sqrt', 127, 40),
+    **DIVIDED,
+  ),
+  'sqrt-log-8-below': block(
+    INT(8, map='sqrt_log', rounding='stochastic', stochastic_below=40),
+    8.25,
+    scaled(codes('sqrt_log', 127), 1.0),
+    drawn=small_codes('sqrt_log', 127, 40),
     **DIVIDED,
   ),
   'sqrt-8-unsigned-stochastic': block_int('sqrt', 8, False, 'stochastic'),

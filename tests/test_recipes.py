@@ -46,9 +46,22 @@ def int8(rounding, **settings):
   return formats.BlockInt(8, rounding=STOCHASTIC, **settings)
 
 
+def divided(rounding):
+  """Of a first moment that stands above the root of a second one."""
+  if rounding == STOCHASTIC:
+    return int8(rounding)
+  return int8(max(rounding, 16), map='sqrt_log')
+
+
 def fp8(rounding):
   rounding = STOCHASTIC if rounding == STOCHASTIC else 'nearest'
   return formats.Float8(rounding=rounding)
+
+
+def of_muon_or_adam(rounding):
+  return lambda path, _: (
+    divided(10) if re.search('/adam/', path) else int8(rounding)
+  )
 
 
 def small_squares(path, leaf):
@@ -70,7 +83,7 @@ IN_BFLOAT16 = {
 }
 WITH_DECAY = {
   'adamw_8bit': Parts(
-    optax.adamw, lambda r: {'mu': int8(r), 'nu': SQUARES}, 'b1'
+    optax.adamw, lambda r: {'mu': divided(r), 'nu': SQUARES}, 'b1'
   ),
   'coat_adamw': Parts(
     optax.adamw,
@@ -94,13 +107,13 @@ WITH_DECAY = {
   ),
   'muon_8bit': Parts(
     contrib.muon,
-    lambda r: {'mu': int8(r), 'nu': SQUARES},
+    lambda r: {'mu': of_muon_or_adam(r), 'nu': SQUARES},
     'beta',
     STOCHASTIC,
   ),
   'ademamix_8bit': Parts(
     contrib.ademamix,
-    lambda r: {'m1': int8(r), 'm2': int8(STOCHASTIC), 'nu': SQUARES},
+    lambda r: {'m1': divided(r), 'm2': int8(STOCHASTIC), 'nu': SQUARES},
     'b1',
   ),
 }
@@ -231,7 +244,7 @@ def test_the_slow_average_of_ademamix_has_its_own_decay():
   """Exact."""
   row = Parts(
     contrib.ademamix,
-    lambda r: {'m1': int8(STOCHASTIC), 'm2': int8(10), 'nu': SQUARES},
+    lambda r: {'m1': int8(STOCHASTIC), 'm2': divided(10), 'nu': SQUARES},
   )
   got = program(lambda _: optax_mp.ademamix_8bit(0.01, b1=0.99, b3=0.9), None)
   assert got == program(lambda _: row.make('', b1=0.99, b3=0.9), None)

@@ -21,6 +21,13 @@ RECIPES = {
   'adamw_4bit': optax_mp.adamw_4bit,
   'coat_adamw': optax_mp.coat_adamw,
 }
+# Those whose blocks do not fit into shards of (8, 128), or have no blocks.
+OTHERS = {
+  'adamw_4bit_factored': optax_mp.adamw_4bit_factored,
+  'flash_adamw': optax_mp.flash_adamw,
+  'lion_8bit': optax_mp.lion_8bit,
+  'sgdm_8bit': optax_mp.sgdm_8bit,
+}
 COLLECTIVE = re.compile(
   r'all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter'
 )
@@ -73,3 +80,29 @@ def test_the_same_codes_on_eight_devices(name, spec, kind):
     jax.tree.map(as_words, (params, state)),
     jax.tree.map(as_words, (alone, alone_state)),
   )
+
+
+@pytest.mark.parametrize('shape', [SHAPE, (64, 200)], ids=str)
+@pytest.mark.parametrize('name', RECIPES | OTHERS)
+def test_a_mesh_that_no_context_sets(name, shape):
+  """Exact, but for means over devices: the axes of `make_mesh` are explicit."""
+  if jax.device_count() < 8:
+    pytest.skip('needs 8 devices')
+  tx = (RECIPES | OTHERS)[name](1e-2)
+  mesh = jax.make_mesh((8,), ('d',), axis_types=(AxisType.Explicit,))
+  put = lambda x: jax.device_put(x, NamedSharding(mesh, P('d', None)))  # noqa: E731
+  host = np.random.default_rng(0).normal(size=(2, *shape)).astype(jnp.bfloat16)
+
+  def one_step(put):
+    params = put(host[0])
+    state = tx.init(params)
+    return make_step(tx)(params, state, put(host[1]))[0]
+
+  on_eight, alone = one_step(put), one_step(jnp.asarray)
+  on_eight, alone = (
+    np.asarray(x).astype(np.float32) for x in (on_eight, alone)
+  )
+  if name == 'adamw_4bit_factored':
+    chex.assert_trees_all_close(on_eight, alone, rtol=2**-7)  # one bfloat16 ulp
+  else:
+    chex.assert_trees_all_equal(on_eight, alone)

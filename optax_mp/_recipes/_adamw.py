@@ -22,12 +22,13 @@ def adamw_8bit(
 ) -> optax.GradientTransformationExtraArgs:
   """AdamW, moments in 8 bits, parameters in bfloat16 with error feedback.
 
-  The first moment is a ``BlockInt(8)`` with square-root companding, the second
-  one a ``BlockInt(8, signed=False)``: logarithmic, zero only if it is zero, and
-  rounded stochastically, so that it follows gradients that shrink. So are first
-  moments, if b1 is less than 0.95 only the small ones of a block, which would
-  stand still. Of others the nearer code is taken, a smaller error as long as
-  gradients have noise; without any, they stop five codes short with b1 = 0.9.
+  The first moment is a ``BlockInt(8, map='sqrt_log')``, with square-root
+  companding, the second one a ``BlockInt(8, signed=False)``: logarithmic, zero
+  only if it is zero, and rounded stochastically, so that it follows gradients
+  that shrink. So are first moments, if b1 is less than 0.95 only the small ones
+  of a block, which would stand still. Of others the nearer code is taken, a
+  smaller error as long as gradients have noise; without any, they stop five
+  codes short with b1 = 0.9. With a larger b1 the map is 'sqrt'.
 
   Args:
     *args: arguments of ``optax.adamw``: ``learning_rate, b1, b2, ...``.
@@ -69,8 +70,9 @@ def adamw_8bit(
     Dettmers et al., `8-bit Optimizers via Block-wise Quantization
     <https://arxiv.org/abs/2110.02861>`_, 2022
   """
+  b1 = _build.argument(optax.adamw, 'b1', args, kwargs)
   rule = {
-    'mu': _build.first_moment(_build.argument(optax.adamw, 'b1', args, kwargs)),
+    'mu': _build.divided_first_moment(b1),
     'nu': _build.second_moment(),
   }
   inner = optax.adamw(*args, **kwargs)
@@ -122,7 +124,10 @@ def adamw_4bit(
 
   **Caveats:** sixteen codes are few: updates are an order of magnitude farther
   from those of float32 than with :func:`adamw_8bit`, which takes one byte more
-  and has the same caveats.
+  and has the same caveats. A first moment below 1/13 of the largest of its
+  block is stored as zero or as that: right on average, but where gradients of
+  one block differ a hundredfold, the smaller ones take steps of many learning
+  rates, which float32 does not. ``keep_float32`` is for such parameters.
 
   References:
     Li et al., `Memory Efficient Optimizers with 4-bit States

@@ -89,8 +89,20 @@ def first_moment(
   below = None
   if is_fast(*decays):
     below = max(math.floor(1 / (1 - max(0.0, decay))) for decay in decays)
+    if settings.get('map') == 'sqrt_log':
+      below = max(below, 16)  # all of its ratios
   settings |= {'rounding': 'stochastic', 'stochastic_below': below}
   return formats.BlockInt(bits, **settings)
+
+
+def divided_first_moment(decay: Any) -> formats.BlockInt:
+  """The same of one that is divided by the root of a second moment.
+
+  Then small ones count as much as large ones. The noise of ratios of two adds
+  up in slow averages, which keep the finer codes.
+  """
+  slow = not is_fast(decay)
+  return first_moment(decay, map='sqrt' if slow else 'sqrt_log')
 
 
 def is_fast(*decays: Any) -> bool:

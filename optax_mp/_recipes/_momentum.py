@@ -127,7 +127,7 @@ def muon_8bit(
 
   Momenta are ``BlockInt(8)``, rounded stochastically, with a decay below 0.95
   only where they are small. Optax's Muon has an Adam for all but matrices: its
-  second moments are as in :func:`adamw_8bit`.
+  moments are as in :func:`adamw_8bit`.
 
   Args:
     *args: arguments of ``contrib.muon``: ``learning_rate, ns_coeffs, ...``.
@@ -161,11 +161,18 @@ def muon_8bit(
     `Effective Quantization of Muon Optimizer States
     <https://arxiv.org/abs/2509.23106>`_, 2025
   """
-  decays = (
+  beta, adam_b1 = (
     _build.argument(contrib.muon, name, args, kwargs)
     for name in ('beta', 'adam_b1')
   )
-  rule = {'mu': _build.first_moment(*decays), 'nu': _build.second_moment()}
+  of_muon = _build.first_moment(beta)
+  of_adam = _build.divided_first_moment(adam_b1)
+
+  def momentum(path, leaf):
+    del leaf
+    return of_adam if 'inner_states/adam/' in path else of_muon
+
+  rule = {'mu': momentum, 'nu': _build.second_moment()}
   inner = contrib.muon(*args, **kwargs)
   return _build.assemble(
     inner, rule, residual_bits, min_size, seed, keep_float32
@@ -183,8 +190,8 @@ def ademamix_8bit(
 ) -> optax.GradientTransformationExtraArgs:
   """AdEMAMix, moments in 8 bits, parameters in bfloat16 with error feedback.
 
-  The fast and the slow average are ``BlockInt(8)``, the second moment is as in
-  :func:`adamw_8bit`. Averages with a decay of 0.95 or more are rounded
+  The fast average and the second moment are as in :func:`adamw_8bit`, the slow
+  one is a ``BlockInt(8)``. Averages with a decay of 0.95 or more are rounded
   stochastically, others only where they are small, and would stand still.
 
   Args:
@@ -223,8 +230,8 @@ def ademamix_8bit(
     for name in ('b1', 'b3')
   )
   rule = {
-    'm1': _build.first_moment(b1),
-    'm2': _build.first_moment(b3),
+    'm1': _build.divided_first_moment(b1),
+    'm2': _build.divided_first_moment(b3),
     'nu': _build.second_moment(),
   }
   inner = contrib.ademamix(*args, **kwargs)

@@ -17,7 +17,7 @@ from optax_mp.formats import _log
 from optax_mp.formats import _maps
 from optax_mp.formats import _octaves
 
-_MAPS = ('sqrt', 'log', 'dynamic', 'softsign', 'linear')
+_MAPS = ('sqrt', 'sqrt_log', 'log', 'dynamic', 'softsign', 'linear')
 
 
 @_base.Stored.register
@@ -48,7 +48,8 @@ class BlockInt:
   =========== ======================================== ====================
   map         v(n), N the largest code                 of
   =========== ======================================== ====================
-  'sqrt'      (n / N)^2                                first moments
+  'sqrt'      (n / N)^2                                first moments, momenta
+  'sqrt_log'  the same, in ratios of 2 below n = 16    first moments of Adam
   'log'       equal ratios from the smallest to the    second moments
               largest of the block; n = 0 is zero
   'dynamic'   decades, linear within each              8-bit optimizers
@@ -111,7 +112,9 @@ class BlockInt:
 
   bits: Literal[8, 4] = 8
   signed: bool = True
-  map: Literal['sqrt', 'log', 'dynamic', 'softsign', 'linear'] | None = None
+  map: (
+    Literal['sqrt', 'sqrt_log', 'log', 'dynamic', 'softsign', 'linear'] | None
+  ) = None
   block_size: int = 128
   scale: Literal['block', 'rank1'] = 'block'
   rounding: Literal['nearest', 'stochastic'] = 'nearest'
@@ -127,6 +130,12 @@ class BlockInt:
     _base.check_rounding(self)
     _groups.check_block_size(self.block_size)
     self._check_stochastic_below()
+    if self.map == 'sqrt_log' and not (self.signed and self.bits == 8):
+      raise ValueError(
+        "`map='sqrt_log'` is for 8 bits with signs; got "
+        f"bits={self.bits}, signed={self.signed}. Use map='softsign' for 4 "
+        "bits, map='log' for unsigned values."
+      )
     if self.map == 'log' and (self.signed or self.scale == 'rank1'):
       raise ValueError(
         "`map='log'` is for unsigned values with a grid a block; got "
@@ -199,6 +208,7 @@ class BlockInt:
       return _maps.Scaled(_maps.LinearNoZero(top), self.signed)
     by_name = {
       'sqrt': _maps.Sqrt,
+      'sqrt_log': _maps.SqrtLog,
       'softsign': _maps.Softsign,
       'linear': _maps.Linear,
     }

@@ -15,11 +15,13 @@ from typing import Any, NamedTuple
 import jax
 from jax import lax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 _SUBLANES = 8  # rows of a tile
-# A scale for fewer values than this weighs more than it helps.
-_SHORT = 16
+# A scale for fewer values than this weighs more than it helps, and one for more
+# than that, of several axes, helps too little.
+_SHORT, _LONG = 16, 2**13
+_SHORTEST = 4  # with a scale each, values of 8 bits take 16
 _INFINITY = 0x7F800000  # the word of infinity
 
 
@@ -89,7 +91,9 @@ def _reshape(
         'blocks of 8 rows or 128 columns. Shard it along another axis, let the '
         'mesh have automatic axes, or give it another format with a rule.'
       )
-  return jnp.reshape(x, shape, out_sharding=PartitionSpec(*spec))
+  # With the mesh: a spec alone needs a context that not all programs set.
+  sharding = NamedSharding(mesh, PartitionSpec(*spec))
+  return jnp.reshape(x, shape, out_sharding=sharding)
 
 
 def cut(shape: tuple[int, ...], block_size: int) -> Blocks:
@@ -103,7 +107,8 @@ def cut(shape: tuple[int, ...], block_size: int) -> Blocks:
     Blocks of ``block_size`` where the last two axes are multiples of (8,
     ``block_size``), or the only axis is one of ``block_size``; their scales
     have the array's rank. Elsewhere rows: the last axis, and as many more of
-    the trailing axes as make 16 values; scales have the axes that are left.
+    the trailing axes as make 16 values, but not if they make more than 2^13 and
+    the last has 4; scales have the axes that are left.
   """
   size = shape[-1] if shape else 0
   if size and size % block_size == 0:
@@ -113,19 +118,29 @@ def cut(shape: tuple[int, ...], block_size: int) -> Blocks:
     if shape[-2] % _SUBLANES == 0:
       tiles = (shape[-2] // _SUBLANES, _SUBLANES, count, block_size)
       return Blocks(shape, (*shape[:-2], *tiles), (-1,), (*shape[:-1], count))
-  trailing = range(1, len(shape))
-  row = next((n for n in trailing if math.prod(shape[-n:]) >= _SHORT), None)
-  row = len(shape) if row is None else row
+  row = _row(shape)
   return Blocks(shape, shape, tuple(range(-row, 0)), shape[: len(shape) - row])
+
+
+def _row(shape: tuple[int, ...]) -> int:
+  """How many of the trailing axes have one scale."""
+  axes = range(1, len(shape))
+  row = next((n for n in axes if math.prod(shape[-n:]) >= _SHORT), len(shape))
+  long = row > 1 and math.prod(shape[-row:]) > _LONG
+  return 1 if long and shape[-1] >= _SHORTEST else row
 
 
 def why_rows(shape: tuple[int, ...], block_size: int) -> str:
   """Why :func:`cut` gives whole rows; empty where it gives blocks."""
   if not shape or cut(shape, block_size).view != shape:
     return ''
+  size = math.prod(shape[-_row(shape) :])
+  what = (
+    'a row' if size == shape[-1] < math.prod(shape) else f'for {size} values'
+  )
   if shape[-1] % block_size:
-    return f'one scale a row: {shape[-1]} is no multiple of {block_size}'
-  return f'one scale a row: {shape[-2]} is no multiple of {_SUBLANES}'
+    return f'one scale {what}: {shape[-1]} is no multiple of {block_size}'
+  return f'one scale {what}: {shape[-2]} is no multiple of {_SUBLANES}'
 
 
 def largest(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:

@@ -10,7 +10,9 @@ import dataclasses
 from typing import Protocol
 
 import jax
+from jax import lax
 import jax.numpy as jnp
+import numpy as np
 
 from optax_mp.formats import _blocks
 from optax_mp.formats import _grids
@@ -71,6 +73,34 @@ class Sqrt:
 
   def below(self, x: jax.Array) -> jax.Array:
     return jnp.floor(self.top * jnp.sqrt(x)).astype(jnp.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class SqrtLog:
+  """:class:`Sqrt`, but ratios of two below code 16: value(n) = 2^(n-16) v(16).
+
+  Adam divides a first moment by the root of a second one, whose own grid has
+  equal ratios everywhere: far below the largest of its block the first code of
+  ``Sqrt``, 1 / top^2, would be a step of any length. Ratios of four would reach
+  further, but rounded stochastically they multiply the square of an average
+  that decays by 0.9 by more than 1 in a step: (1 + 4)^2 / (4 4) 0.9^2.
+  """
+
+  top: int
+  first: int = 16  # the first code that is a square
+
+  def value(self, code: jax.Array) -> jax.Array:
+    root = jnp.maximum(code, self.first).astype(jnp.float32) / self.top
+    missing = jnp.maximum(self.first - code, 0)
+    ratio = lax.bitcast_convert_type((127 - missing) << 23, jnp.float32)
+    return jnp.where(code > 0, root * root * ratio, 0.0)
+
+  def below(self, x: jax.Array) -> jax.Array:
+    root = np.float32(self.first / self.top)
+    square = jnp.floor(self.top * jnp.sqrt(x)).astype(jnp.int32)
+    word = lax.bitcast_convert_type(x / (root * root), jnp.int32)
+    powers = (word >> 23) - 127  # of two, rounded down
+    return jnp.where(powers < 0, self.first + powers, square)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,7 +27,7 @@ CODEBOOKS = [
   for bits in (8, 4)
   for signed in (True, False)
   for map in ('dynamic', 'sqrt', 'softsign', 'linear')
-]
+] + [(8, True, 'sqrt_log')]
 over_codebooks = pytest.mark.parametrize(('bits', 'signed', 'map'), CODEBOOKS)
 both_widths = pytest.mark.parametrize('bits', [8, 4])
 
@@ -285,7 +285,11 @@ def test_blocks_of_another_size(size):
     ((64, 1024), ''),
     ((256,), ''),
     ((), ''),
-    ((127,), 'one scale a row: 127 is no multiple of 128'),
+    ((127,), 'one scale for 127 values: 127 is no multiple of 128'),
+    ((4096, 8), 'one scale a row: 8 is no multiple of 128'),
+    ((4096, 2), 'one scale for 8192 values: 2 is no multiple of 128'),
+    ((64, 3, 3), 'one scale for 576 values: 3 is no multiple of 128'),
+    ((64, 64, 3, 3), 'one scale for 576 values: 3 is no multiple of 128'),
     ((8, 130), 'one scale a row: 130 is no multiple of 128'),
     ((12, 128), 'one scale a row: 12 is no multiple of 8'),
   ],
@@ -455,8 +459,13 @@ def test_the_map_has_a_default():
     ({'bits': 3}, '`bits` must be one of (8, 4); got 3.'),
     ({'bits': 8.0}, '`bits` must be one of (8, 4); got 8.0.'),
     ({'bits': True}, '`bits` must be one of (8, 4); got True.'),
-    ({'map': 'cubic'}, "`map` must be one of ('sqrt', 'log', "),
+    ({'map': 'cubic'}, "`map` must be one of ('sqrt', 'sqrt_log', "),
     ({'map': 3}, '`map` must be one of'),
+    (
+      {'map': 'sqrt_log', 'bits': 4},
+      "8 bits with signs; got bits=4, signed=True. Use map='softsign' for 4",
+    ),
+    ({'map': 'sqrt_log', 'signed': False}, 'got bits=8, signed=False.'),
     ({'map': 'log'}, "`map='log'` is for unsigned values with a grid a block"),
     (
       {'signed': False, 'scale': 'rank1'},
