@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import jax
 from jax import lax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
 
 _SUBLANES = 8  # rows of a tile
 # A scale for fewer values than this weighs more than it helps, and one for more
