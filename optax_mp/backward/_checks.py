@@ -196,8 +196,8 @@ def same_state(new: Any, old: Any) -> None:
   if _avals(new) != _avals(old):
     raise ValueError(
       '`tx` must keep the structure, shapes and dtypes of its state; got '
-      f'{_avals(old)[1]}, and `update` made {_avals(new)[1]}. With `loss_scale` '
-      'gradients are float32: let `optax_mp.compensated` take them, or train '
+      f'{_avals(old)[1]} and after `update` {_avals(new)[1]}. With `loss_scale`'
+      ' gradients are float32: let `optax_mp.compensated` take them, or train '
       'float32 parameters.'
     )
 

@@ -20,7 +20,7 @@ class FusedState(NamedTuple):
   rest: optax.OptState
   stack: optax.OptState  # every array with a first axis, a layer each
   last_norm: chex.Array  # (), float32: of all gradients; 0 if not asked for
-  last_finite: chex.Array  # (), bool: False if the last step was skipped
+  total_notfinite: chex.Array  # (), int32: how many steps were skipped
 
 
 class Options(NamedTuple):
@@ -69,7 +69,7 @@ class Backward:
 
   def update(self, norm, finite) -> tuple[Any, chex.Array, _gradients.Control]:
     """Updates all layers -> gradients of the rest, norm of all, control."""
-    finite = jnp.asarray(finite, jnp.float32)
+    finite = finite.astype(jnp.float32)
     control = _gradients.Control(self.scale, norm, finite)
     rest, norm, _ = self._pass(control, self.options.noted, updates=True)
     return rest, norm, control
@@ -115,7 +115,8 @@ def take(
     )
     first += blocks[name].length
   backward = Backward(options, loss_fn, blocks, rest, scale)
-  norm, finite, gradients = state.last_norm, True, None
+  norm, finite = state.last_norm, jnp.ones((), jnp.bool)
+  gradients = None
   if any(options.measured):
     gradients, measured, finite = backward.measure()
     norm = measured if options.measured.norm else norm
@@ -132,9 +133,9 @@ def take(
   }
   new_state = FusedState(
     rest_state,
-    {name: state for name, (_, state) in frozen.items()},
+    {name: new for name, (_, new) in frozen.items()},
     norm,
-    jnp.asarray(finite),
+    state.total_notfinite + jnp.logical_not(finite).astype(jnp.int32),
   )
   loss = (backward.loss, backward.aux) if options.has_aux else backward.loss
   return rest, {n: stack for n, (stack, _) in frozen.items()}, new_state, loss
