@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+from jax.extend import core
 import jax.numpy as jnp
 import optax
 
@@ -153,6 +154,25 @@ def called(blocks: dict[str, Any]) -> None:
         f'`loss_fn` must call {_called(name)} once; it never did, so that '
         'stack would not be trained.'
       )
+
+
+def trace() -> Any:
+  """What is traced now, to be compared with what is traced elsewhere."""
+  return core.get_opaque_trace_state(convention='nnx')
+
+
+def called_directly(expected: Any) -> None:
+  """Raises a ValueError in a trace inside that of ``loss_fn``.
+
+  What such a call returns is differentiated elsewhere and perhaps more than
+  once, so layers would silently not be updated, or updated twice.
+  """
+  if trace() != expected:
+    raise ValueError(
+      '`loss_fn` must call `blocks(h, ...)` itself; got a call inside a `jit`, '
+      '`checkpoint`, `scan`, `cond` or `vmap` within it. Leave that around what '
+      'comes before and after the call.'
+    )
 
 
 def _called(name: str) -> str:

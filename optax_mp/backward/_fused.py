@@ -108,14 +108,15 @@ class FusedStep:
     stacks = self._stacks(rest, stack)
     _checks.state(state, _step.FusedState)
     _checks.accumulation(state)
-    rest, stacks, new_state, loss = _step.take(
+    (rest, stacks, loss), parts = _step.take(
       self._options(loss_scale is not None),
       lambda rest, blocks: self.loss_fn(rest, self._unnamed(blocks), *batch),
       {name: self._function(name) for name in self.names},
-      rest, stacks, state._replace(stack=self._named(state.stack)), loss_scale,
+      rest, stacks, state, self._named(state.stack), loss_scale,
     )  # fmt: skip
-    taken_state = new_state._replace(stack=self._unnamed(new_state.stack))
-    return rest, self._unnamed(stacks), taken_state, loss
+    rest_state, states, *scalars = parts
+    state = _step.FusedState(rest_state, self._unnamed(states), *scalars)
+    return rest, self._unnamed(stacks), state, loss
 
   def _options(self, scaled: bool) -> _step.Options:
     tx = optax.with_extra_args_support(self.tx)

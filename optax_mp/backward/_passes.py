@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from optax_mp.backward import _checks
 from optax_mp.backward import _gradients
 from optax_mp.backward import _parts
 from optax_mp.backward import _walk
@@ -29,6 +30,7 @@ class FusedBlocks(_walk.Blocks):
   for, so that one forward pass serves two, the first for sums alone.
   """
 
+  trace: Any = None  # in which it must be called
   # Scalars whose cotangents are what a pass has summed, and what it is told.
   sums: Any = None
   control: Any = None
@@ -54,6 +56,8 @@ class FusedBlocks(_walk.Blocks):
   ) -> _parts.Parts:
     """The last layer's output; remembers the handle of the backward pass."""
 
+    _checks.called_directly(self.trace)
+
     def fwd(sums, stack, floats, others):
       del sums
       out, hs = _walk.forward(layer, stack, floats, others, visible=False)
@@ -62,8 +66,9 @@ class FusedBlocks(_walk.Blocks):
 
     def bwd(saved, cotangents):
       out, control = cotangents
-      visit = self._updated if self.next_pass.updates else self._summed
-      back, sums = visit(layer, saved, out.floats, control)
+      now, self.next_pass = self.next_pass, None
+      visit = self._updated if now.updates else self._summed
+      back, sums = visit(layer, saved, out.floats, control, now.wanted)
       return sums, None, back, None
 
     run = jax.custom_vjp(lambda *args: fwd(*args)[0])
@@ -73,7 +78,7 @@ class FusedBlocks(_walk.Blocks):
     out, self.control = run(self.sums, self.stack, floats, others)
     return out
 
-  def _summed(self, layer, saved, cotangent, control):
+  def _summed(self, layer, saved, cotangent, control, wanted):
     """Adds up what is wanted of the gradients, one layer at a time."""
     del control
     seen = _walk.unseen()
@@ -81,19 +86,19 @@ class FusedBlocks(_walk.Blocks):
 
     def visit(sums, i, gradients_of):
       own = gradients_of(seen(_parts.at(stack, i)))
-      return _gradients.summed(own, sums, self.next_pass.wanted)
+      return _gradients.summed(own, sums, wanted)
 
     start = _gradients.Sums.zeros()
     return _walk.backward(layer, self.length, saved, cotangent, visit, start)
 
-  def _updated(self, layer, saved, cotangent, control):
+  def _updated(self, layer, saved, cotangent, control, wanted):
     """Updates each layer as soon as its gradient is there."""
 
     def visit(carry, i, gradients_of):
       stacks, sums = carry
       params, state = _parts.at(stacks, i)
       own = gradients_of(params)
-      sums = _gradients.summed(own, sums, self.next_pass.wanted)
+      sums = _gradients.summed(own, sums, wanted)
       number = (self.first + i).astype(jnp.uint32)
       new = self.update(params, state, own, control, layer=number)
       return _parts.put(stacks, i, new), sums

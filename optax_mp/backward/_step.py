@@ -51,8 +51,9 @@ class Backward:
     self.scale = jnp.asarray(1.0 if scale is None else scale, jnp.float32)
 
     def run(rest, sums):
+      here = _checks.trace()
       for each in blocks.values():
-        each.sums = sums
+        each.sums, each.trace = sums, here
       out = loss_fn(rest, blocks)
       loss, aux = out if options.has_aux else (out, ())
       _checks.called(blocks)
@@ -79,6 +80,7 @@ class Backward:
       each.next_pass = _passes.Pass(wanted, updates)
     start = self.scale.astype(self.loss.dtype)
     rest, sums = self.pull((start, [control] * len(self.blocks)))
+    assert all(each.next_pass is None for each in self.blocks.values())
     sums = _gradients.summed(rest, sums, wanted)
     return rest, jnp.sqrt(sums.squares) / self.scale, sums.not_finite == 0
 
@@ -90,8 +92,9 @@ def take(
   rest: Any,
   stacks: dict[str, Any],
   state: FusedState,
+  states: dict[str, Any],
   scale: Any,
-) -> tuple[Any, dict[str, Any], FusedState, Any]:
+) -> tuple[tuple[Any, dict[str, Any], Any], tuple[Any, ...]]:
   """One step.
 
   Args:
@@ -100,16 +103,17 @@ def take(
     functions: the ``block_fn`` of each stack.
     rest: parameters outside the stacks.
     stacks: parameters of the layers.
-    state: with a state for each stack.
+    state: of the step before.
+    states: those of the layers, for each stack.
     scale: of the loss, or None.
 
   Returns:
-    What is new of the three, and what ``loss_fn`` returned.
+    New parameters and what ``loss_fn`` returned; the parts of a new state.
   """
   blocks: dict[str, _passes.FusedBlocks] = {}
   first = 0
   for name, stack in stacks.items():
-    refs = jax.tree.map(jax.new_ref, (stack, state.stack[name]))
+    refs = jax.tree.map(jax.new_ref, (stack, states[name]))
     blocks[name] = _passes.FusedBlocks(
       name, functions[name], options.policy, stack, refs, first, options.update
     )
@@ -131,11 +135,8 @@ def take(
   frozen = {
     name: jax.tree.map(jax.freeze, each.refs) for name, each in blocks.items()
   }
-  new_state = FusedState(
-    rest_state,
-    {name: new for name, (_, new) in frozen.items()},
-    norm,
-    state.total_notfinite + jnp.logical_not(finite).astype(jnp.int32),
-  )
+  count = state.total_notfinite + jnp.logical_not(finite).astype(jnp.int32)
   loss = (backward.loss, backward.aux) if options.has_aux else backward.loss
-  return rest, {n: stack for n, (stack, _) in frozen.items()}, new_state, loss
+  stacks = {name: stack for name, (stack, _) in frozen.items()}
+  states = {name: new for name, (_, new) in frozen.items()}
+  return (rest, stacks, loss), (rest_state, states, norm, count)

@@ -2,7 +2,6 @@
 """One stack of layers: forward, and backward with something done to each."""
 
 from collections.abc import Callable
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -80,8 +79,11 @@ def gradients(
   layer: Layer, params: Any, floats: Inputs, others: Inputs, cotangent: Any
 ) -> tuple[Any, Inputs]:
   """Of one layer: those of its parameters, and of its inputs."""
-  run = functools.partial(layer.again, others=others)
-  _, pull = jax.vjp(lambda p, f: run(p, f).floats, params, floats)
+  _, pull = jax.vjp(
+    lambda params, floats: layer.again(params, floats, others).floats,
+    params,
+    floats,
+  )
   return pull(cotangent)
 
 

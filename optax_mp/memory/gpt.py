@@ -146,7 +146,7 @@ def loss_around(
   Returns:
     A float32 scalar.
   """
-  rest = optax.tree.cast(rest, jnp.bfloat16)
+  rest = _low(rest)
   inputs, targets = tokens[:, :-1], tokens[:, 1:]
   x = blocks(_cut(rest['embedding'][inputs] + rest['positions'], axis))
   x = _norm(x, rest['norm'])
@@ -168,13 +168,17 @@ def block(p: Params, x: jax.Array, axis: str | None = None) -> jax.Array:
   Returns:
     The same shape.
   """
-  p = optax.tree.cast(p, jnp.bfloat16)
+  p = _low(p)
   qkv = _linear(_norm(x, p['norm_1']), p['qkv'])
   q, k, v = jnp.split(qkv.reshape(*x.shape[:2], -1, _HEAD), 3, axis=2)
   mixed = jax.nn.dot_product_attention(q, k, v, is_causal=True)
   x += _linear(mixed.reshape(x.shape), p['project'])
   wide = jax.nn.gelu(_linear(_norm(x, p['norm_2']), p['widen']))
   return _cut(x + _linear(wide, p['narrow']), axis)
+
+
+def _low(params: Params) -> Params:
+  return jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
 
 
 def _cut(x: jax.Array, axis: str | None) -> jax.Array:
