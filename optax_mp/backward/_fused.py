@@ -17,7 +17,7 @@ from optax_mp.backward import _walk
 from optax_mp.formats import _layout
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # `jax.jit` wants a hash
 class FusedStep:
   """A training step; see :func:`fused_step`."""
 
