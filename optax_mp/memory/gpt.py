@@ -218,3 +218,20 @@ def make_step(
     return optax.apply_updates(params, updates), state, loss
 
   return step
+
+
+def in_backward(fused: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
+  """The step of ``backward``, of the same arguments as that of `make_step`.
+
+  Args:
+    fused: ``backward.fused_step(gpt.loss_around, gpt.block, tx)``.
+
+  Returns:
+    ``init(params) -> state`` and a step; donate its first two arguments.
+  """
+
+  def step(params, state, tokens):
+    rest, stack, state, loss = fused(*halves(params), state, tokens)
+    return rest | {'layers': stack}, state, loss
+
+  return lambda params: fused.init(*halves(params)), step
