@@ -65,7 +65,18 @@ def test_both_updates_give_identical_losses(optimizer):
   assert len(fused) == SMALL.steps
 
 
-@pytest.mark.parametrize('update', ['fused', 'separate'])
+@pytest.mark.parametrize('optimizer', train_gpt.OPTIMIZERS)
+def test_the_update_in_the_backward_pass_gives_the_same_losses(optimizer):
+  """Clipping included. kind: derived: 24 steps of float32, or of bfloat16."""
+  fused, in_backward = (
+    list(_losses(_config(optimizer=optimizer, update=update)).values())
+    for update in ('fused', 'in-backward')
+  )
+  tolerance = 2**-8 if optimizer == 'adamw_plain_bf16' else 1e-4
+  np.testing.assert_allclose(in_backward, fused, rtol=tolerance)
+
+
+@pytest.mark.parametrize('update', ['fused', 'separate', 'in-backward'])
 @pytest.mark.parametrize('optimizer', train_gpt.OPTIMIZERS)
 def test_all_parameters_and_state_are_reused(optimizer, update):
   """Exact: alias bytes are those of parameters and state."""
