@@ -163,9 +163,7 @@ def main(argv: list[str] | None = None) -> None:
   ]
   # The compilers run beside this process: as many at once as there are cores.
   with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-    found = pool.map(
-      lambda job: measure(job[0], job[2], job[1]), jobs
-    )
+    found = pool.map(lambda job: measure(job[0], job[2], job[1]), jobs)
     for (model, target, name), row in zip(
       jobs, progress.track(found, 'compiling', len(jobs)), strict=True
     ):

@@ -8,10 +8,10 @@
 The text is the source of Python's own standard library, which every machine
 has. Three optimizers start from the same float32 weights: `adamw_fp32` keeps
 everything in float32, `adamw_plain_bf16` is Optax's AdamW on weights and
-moments rounded to bfloat16, `adamw_bf16` is ours. With `--update in-backward` the
-backward pass updates each block as soon as its gradient is there. Stop with Ctrl-C whenever
-you like: with `--checkpoint`, the same command goes on from the last finished
-step and reports the same losses as a run that was never stopped.
+moments rounded to bfloat16, `adamw_bf16` is ours. With `--update in-backward`
+the backward pass updates each block as soon as its gradient is there. Stop with
+Ctrl-C whenever you like: with `--checkpoint`, the same command goes on from the
+last finished step and reports the same losses as a run that was never stopped.
 
 Read on: the model, the text, the optimizers, the step, checkpoints, the loop.
 """
@@ -348,7 +348,7 @@ def in_backward(config, tx):
   return fused, whole
 
 
-def compile_step(config, loss_fn, tx, shapes, compiler, in_backward=None):
+def compile_step(config, loss_fn, tx, shapes, compiler, other=None):
   """Compiles the step in a way that reuses all the memory it can.
 
   `fused`: one program, whose new params and state overwrite the old ones.
@@ -362,7 +362,7 @@ def compile_step(config, loss_fn, tx, shapes, compiler, in_backward=None):
     tx: the optimizer.
     shapes: of `params` and `opt_state`.
     compiler: `compile_donated`, or another in its place.
-    in_backward: the step of that name.
+    other: the step `in-backward`.
 
   Returns:
     `step(state, tokens) -> (state, loss)` and the programs it runs, by name.
@@ -389,7 +389,7 @@ def compile_step(config, loss_fn, tx, shapes, compiler, in_backward=None):
     return *update(gradients, opt_state, params), loss
 
   if config.update != 'separate':
-    program = compiler(in_backward or fused, (0, 1), params, opt_state, tokens)
+    program = compiler(other or fused, (0, 1), params, opt_state, tokens)
 
     def step(state, tokens):
       params, opt_state, loss = program(*state, tokens)

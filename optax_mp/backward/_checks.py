@@ -170,8 +170,8 @@ def called_directly(expected: Any) -> None:
   if trace() != expected:
     raise ValueError(
       '`loss_fn` must call `blocks(h, ...)` itself; got a call inside a `jit`, '
-      '`checkpoint`, `scan`, `cond` or `vmap` within it. Leave that around what '
-      'comes before and after the call.'
+      '`checkpoint`, `scan`, `cond` or `vmap` within it. Leave that around '
+      'what comes before and after the call.'
     )
 
 

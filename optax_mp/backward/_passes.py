@@ -55,7 +55,6 @@ class FusedBlocks(_walk.Blocks):
     self, layer: _walk.Layer, floats: _walk.Inputs, others: _walk.Inputs
   ) -> _parts.Parts:
     """The last layer's output; remembers the handle of the backward pass."""
-
     _checks.called_directly(self.trace)
 
     def fwd(sums, stack, floats, others):

@@ -179,4 +179,3 @@ def test_gradients_are_reduced_inside_the_loop(spec):
   assert all(sizes[shape] <= largest for shape in in_loop), reduced
   # Outside the loop, only what `rest` has.
   assert all(sizes[shape] <= 4 * WIDTH for shape in outside), reduced
-

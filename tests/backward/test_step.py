@@ -120,9 +120,7 @@ def test_any_transformation_that_treats_layers_alike(name):
   expected = model.rest, model.stack
   expected_state = init(expected)
   for _ in range(3):
-    expected, expected_state, _ = step(
-      expected, expected_state, *model.batch
-    )
+    expected, expected_state, _ = step(expected, expected_state, *model.batch)
   found = jax.tree.leaves((params, state.rest, state.stack))
   wanted = jax.tree.leaves((expected, *expected_state))
   pairs = zip(found, wanted, strict=True)
