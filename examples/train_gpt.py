@@ -310,12 +310,13 @@ def cross_entropy(logits: jax.Array, tokens: jax.Array) -> jax.Array:
   ).mean()
 
 
-def in_backward(config, tx):
+def in_backward(config, tx, **options):
   """The step whose backward pass updates the blocks, one after the other.
 
   Args:
     config: of the model.
     tx: the optimizer, without clipping.
+    **options: of `backward.fused_step`, else clipping.
 
   Returns:
     `fused(params, opt_state, tokens)` and, for `init`, what `tx` is as a whole.
@@ -332,7 +333,8 @@ def in_backward(config, tx):
   def block_fn(params, x):
     return nnx.merge(blocks, params)(x)
 
-  step = optax_mp.backward.fused_step(loss_fn, block_fn, tx, max_norm=MAX_NORM)
+  options = options or {'max_norm': MAX_NORM}
+  step = optax_mp.backward.fused_step(loss_fn, block_fn, tx, **options)
 
   def halves(params):
     rest = {name: part for name, part in params.items() if name != 'blocks'}

@@ -90,7 +90,7 @@ class FusedStep:
     state: _step.FusedState,
     *batch: Any,
     loss_scale: chex.Numeric | None = None,
-  ) -> tuple[optax.Params, optax.Params, _step.FusedState, Any]:
+  ) -> tuple[Any, Any, _step.FusedState, Any]:
     """One step: everything new, and the loss before it.
 
     Args:
