@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+from jax import lax
 import jax.numpy as jnp
 
 from optax_mp.backward import _checks
@@ -98,8 +99,7 @@ class FusedBlocks(_walk.Blocks):
       params, state = _parts.at(stacks, i)
       own = gradients_of(params)
       sums = _gradients.summed(own, sums, wanted)
-      number = (self.first + i).astype(jnp.uint32)
-      new = self.update(params, state, own, control, layer=number)
+      new = self._update(i, params, state, own, control)
       return _parts.put(stacks, i, new), sums
 
     # A loop carry, and not the references themselves: these cannot be indexed
@@ -114,3 +114,21 @@ class FusedBlocks(_walk.Blocks):
     ):
       ref[...] = new
     return back, sums
+
+  def _update(self, i, *args):
+    """Updates layer ``i``; on a CPU all of its arrays before any is written.
+
+    XLA:CPU has no fusion of several outputs: each would read the old arrays
+    where they lie, and for that it would copy them in every turn of the loop,
+    all layers of them. It does not fuse what is in a branch, and does not know
+    that there is only one.
+    """
+    number = (self.first + i).astype(jnp.uint32)
+
+    def update(*args):
+      return self.update(*args, layer=number)
+
+    def in_branch(*args):
+      return lax.cond(i >= 0, update, lambda *args: args[:2], *args)
+
+    return lax.platform_dependent(*args, cpu=in_branch, default=update)
