@@ -63,7 +63,7 @@ def prepare(config: train_gpt.Config, name: str, options: dict[str, Any]):
   """Both steps of a contender, compiled, and what each starts with."""
   contender = CONTENDERS[name]
   family = FAMILIES[contender.family]
-  tx = contender.make(family.learning_rate, **family.others)
+  tx: Any = contender.make(family.learning_rate, **family.others)
   fused, whole = train_gpt.in_backward(
     config, tx, **(options or {'policy': None})
   )

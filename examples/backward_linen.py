@@ -10,6 +10,7 @@ gradient is not finite is skipped.
 """
 
 import argparse
+from typing import Any
 
 from flax import linen as nn
 from flax.training import dynamic_scale
@@ -65,7 +66,7 @@ def make_step(dtype: jnp.dtype, steps: int) -> optax_mp.backward.FusedStep:
   """The loss around the blocks, and one block."""
 
   def loss_fn(rest, blocks, images, labels):
-    logits = Model(dtype).apply({'params': rest}, images, blocks)
+    logits: Any = Model(dtype).apply({'params': rest}, images, blocks)
     return optax.softmax_cross_entropy_with_integer_labels(
       logits, labels
     ).mean()
@@ -118,7 +119,7 @@ def main(argv: list[str] | None = None) -> float:
   batches = len(images) // BATCH
   model = Model(jnp.dtype(half))
   rest = model.init(jax.random.key(SEED), images[:1])['params']
-  rest = optax.tree.cast(rest, jnp.dtype(half))
+  rest: Any = optax.tree.cast(rest, jnp.dtype(half))
   stack = rest.pop('blocks')
   step = make_step(jnp.dtype(half), arguments.epochs * batches)
   carry = rest, stack, step.init(rest, stack)
@@ -128,7 +129,8 @@ def main(argv: list[str] | None = None) -> float:
 
   @jax.jit
   def accuracy(rest, stack):
-    logits = model.apply({'params': rest | {'blocks': stack}}, test_images)
+    whole = {'params': rest | {'blocks': stack}}
+    logits: Any = model.apply(whole, test_images)
     return (logits.argmax(-1) == test_labels).mean()
 
   shuffle = np.random.default_rng(SEED)

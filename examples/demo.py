@@ -64,7 +64,7 @@ def bytes_per_param(built: train_gpt.Setup, dtype) -> dict[str, float]:
   Returns:
     Bytes per parameter of each part, and in total.
   """
-  params = built.shapes.params
+  params: Any = built.shapes.params
   plan = optax_mp.memory.plan(built.tx, params, gradients=dtype)
   fields = collections.defaultdict(float)
   for row in plan.rows:
