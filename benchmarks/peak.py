@@ -4,8 +4,10 @@
   python benchmarks/peak.py [--model NAME ...] [--target NAME ...]
 
 GPT-2 of 124 M parameters, GPTs of 1 B and 7 B (layers scanned, activations
-recomputed, one sequence of 1024), and the step of `make demo`. No device is
-needed: `memory.compile_for` runs their compilers here.
+recomputed, one sequence of 1024), 24 layers of 1024 with next to no embedding
+(302 M, one sequence of 256), and the step of `make demo`. Some contenders also
+with the update in the backward pass. No device is needed: `memory.compile_for`
+runs their compilers here.
 """
 
 import argparse
@@ -24,6 +26,7 @@ from rich import progress
 from contenders import CONTENDERS
 from contenders import Contender
 from contenders import FAMILIES
+from optax_mp import backward
 from optax_mp import memory
 from optax_mp.memory import gpt
 import results
@@ -33,6 +36,7 @@ sys.path.append(str(pathlib.Path(__file__).parents[1] / 'examples'))
 import train_gpt
 
 SIZES = {
+  '302M': gpt.Size(24, 1024, vocabulary=256, context=256),
   '124M': gpt.Size(12, 768),
   '1B': gpt.Size(18, 2048),
   '7B': gpt.Size(32, 4096),
@@ -46,31 +50,41 @@ COMPILED = [
   or '_bf16' in name
   or name in ('adamw_8bit', 'adamw_4bit')
 ]
+IN_BACKWARD = ', in backward'
+COMPILED += [
+  name + IN_BACKWARD
+  for name in ('optax.adamw, bfloat16', 'adamw_bf16', 'adamw_8bit')
+]
 TARGETS = ('h100', 'tpu-v5e')
 
 
 def compile_gpt(
-  size: gpt.Size, contender: Contender, target: str
+  size: gpt.Size, contender: Contender, target: str, in_backward: bool
 ) -> memory.Compiled:
   """Compiles a step of a GPT."""
   tx = contender.make(1e-4)
   params = gpt.shapes(size, contender.dtype)
-  state = jax.eval_shape(tx.init, params)
+  init, step = tx.init, gpt.make_step(tx)
+  if in_backward:
+    fused = backward.fused_step(gpt.loss_around, gpt.block, tx)
+    init, step = gpt.in_backward(fused)
   return memory.compile_for(
     target,
-    gpt.make_step(tx),
+    step,
     params,
-    state,
+    jax.eval_shape(init, params),
     gpt.tokens(size),
     donate_argnums=(0, 1),
   )
 
 
-def compile_demo(contender: Contender, target: str) -> Any:
+def compile_demo(contender: Contender, target: str, in_backward: bool) -> Any:
   """Compiles the step of `make demo`, in bfloat16 as on any accelerator."""
   family = FAMILIES[contender.family]
   config = train_gpt.Config(
-    learning_rate=family.learning_rate, compute_dtype='bfloat16'
+    learning_rate=family.learning_rate,
+    compute_dtype='bfloat16',
+    update='in-backward' if in_backward else 'fused',
   )
 
   def compiler(fn, donated, *args):
@@ -81,12 +95,14 @@ def compile_demo(contender: Contender, target: str) -> Any:
   return built.programs['step']
 
 
-def measure(model: str, contender: Contender, target: str) -> dict[str, Any]:
+def measure(model: str, name: str, target: str) -> dict[str, Any]:
   """The report of one step, and its bytes per parameter."""
+  in_backward = name.endswith(IN_BACKWARD)
+  contender = CONTENDERS[name.removesuffix(IN_BACKWARD)]
   if model == 'demo':
-    compiled = compile_demo(contender, target)
+    compiled = compile_demo(contender, target, in_backward)
   else:
-    compiled = compile_gpt(SIZES[model], contender, target)
+    compiled = compile_gpt(SIZES[model], contender, target, in_backward)
   report = memory.report(compiled).to_dict()
   report['largest'] = report['largest'][:3]
   return report | {'params': num_params(model)}
@@ -134,9 +150,10 @@ def main(argv: list[str] | None = None) -> None:
   add('--only', action='append', choices=COMPILED, help='contenders')
   add('--out', type=pathlib.Path, default=results.FOLDER)
   arguments = parser.parse_args(argv)
-  # With `--only`, the others stay what they were.
+  # With `--only` or `--model`, the others stay what they were.
   steps: dict[str, Any] = {}
-  if arguments.only and (arguments.out / 'peak.json').exists():
+  some = arguments.only or arguments.model
+  if some and (arguments.out / 'peak.json').exists():
     steps = results.load('peak', arguments.out)['steps']
   jobs = [
     (model, target, name)
@@ -146,9 +163,7 @@ def main(argv: list[str] | None = None) -> None:
   ]
   # The compilers run beside this process: as many at once as there are cores.
   with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-    found = pool.map(
-      lambda job: measure(job[0], CONTENDERS[job[2]], job[1]), jobs
-    )
+    found = pool.map(lambda job: measure(job[0], job[2], job[1]), jobs)
     for (model, target, name), row in zip(
       jobs, progress.track(found, 'compiling', len(jobs)), strict=True
     ):
@@ -156,6 +171,7 @@ def main(argv: list[str] | None = None) -> None:
   for targets in steps.values():
     for target, rows in targets.items():
       targets[target] = {name: rows[name] for name in COMPILED if name in rows}
+  steps = {model: steps[model] for model in MODELS if model in steps}
   sizes = {m: dataclasses.asdict(SIZES[m]) for m in steps if m in SIZES}
   results.save(
     'peak', {'sizes': sizes, 'steps': steps}, plot(steps), arguments.out

@@ -54,6 +54,7 @@ DEMO = {
   'adamw_fp32': 'optax.adamw, float32',
   'adamw_plain_bf16': 'optax.adamw, bfloat16',
   'adamw_bf16': 'adamw_bf16',
+  'in_backward': 'adamw_bf16, in backward',
 }
 
 
@@ -135,6 +136,38 @@ def demo() -> str:
   ]
   head = ['', 'validation loss', 'B/param', 'tokens/s (CPU)', 'peak MB: CPU']
   return _table([*head, *steps], rows)
+
+
+def in_backward() -> str:
+  """Time and memory of a step that updates layers in the backward pass."""
+  rows = [
+    [f'`{name}`', '{ratio:.2f} ({low:.2f}-{high:.2f})'.format(**row)]
+    for name, row in results.load('in_backward')['rows'].items()
+  ]
+  return _table(['step', 'time, CPU'], rows)
+
+
+def saved() -> str:
+  """What the update in the backward pass takes off a peak."""
+  steps = results.load('peak')['steps']['302M']
+  ends = ', in backward'
+  names = [n for n in next(iter(steps.values())) if n.endswith(ends)]
+  rows = []
+  for name in names:
+    cells = [f'`{name.removesuffix(ends)}`']
+    for target in UPDATE_TARGETS:
+      before, after = (
+        steps[target][n] for n in (name.removesuffix(ends), name)
+      )
+      cells += [
+        f'{before["peak_bytes"] / 1e9:.2f} -> {after["peak_bytes"] / 1e9:.2f}',
+        f'{after["peak_bytes"] / before["peak_bytes"] - 1:+.0%}',
+      ]
+    rows.append(cells)
+  head = ['302M, GB']
+  for target in UPDATE_TARGETS:
+    head += [target, '']
+  return _table(head, rows)
 
 
 def kept() -> str:
@@ -237,6 +270,8 @@ PAGES = {
     demo,
     update,
     peaks,
+    saved,
+    in_backward,
     quality,
     moments,
     decays,

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Float32, plain bfloat16 and compensated bfloat16, side by side.
+"""Float32, plain and compensated bfloat16, with and without gradients.
 
   python examples/demo.py [--steps 800] [--out demo]
 
-Trains the GPT of `train_gpt.py` three times from the same seed, with the same
-batches and learning rates; writes `demo/demo.png` and `demo/demo.json` and
+Trains the GPT of `train_gpt.py` four times from the same seed, with the same
+batches and learning rates, the last time with blocks that are updated in the
+backward pass; writes `demo/demo.png` and `demo/demo.json` and
 prints a table. A few minutes on a laptop's CPU.
 """
 
@@ -16,6 +17,7 @@ import os
 import pathlib
 import platform
 import statistics
+from typing import Any
 
 import flax
 import jax
@@ -35,11 +37,13 @@ RUNS = {
   'adamw_fp32': 'AdamW, float32',
   'adamw_plain_bf16': 'AdamW, plain bfloat16',
   'adamw_bf16': 'adamw_bf16 (ours)',
+  'in_backward': 'ours, in backward',
 }
 COLORS = {
   'adamw_fp32': 'black',
   'adamw_plain_bf16': 'tab:red',
   'adamw_bf16': 'tab:blue',
+  'in_backward': 'tab:green',
 }
 # What users think in, and the fields of Optax's states that belong to it.
 PARTS = {
@@ -51,22 +55,36 @@ PARTS = {
 
 
 def bytes_per_param(built: train_gpt.Setup, dtype) -> dict[str, float]:
-  """Adds up the fields of `memory.plan`."""
-  plan = optax_mp.memory.plan(built.tx, built.shapes.params, gradients=dtype)
+  """Adds up the fields of `memory.plan`.
+
+  Args:
+    built: the optimizer, and the parameters' shapes.
+    dtype: of gradients; None for those of what is not in a block alone.
+
+  Returns:
+    Bytes per parameter of each part, and in total.
+  """
+  params: Any = built.shapes.params
+  plan = optax_mp.memory.plan(built.tx, params, gradients=dtype)
   fields = collections.defaultdict(float)
   for row in plan.rows:
     fields[row.field] += row.bytes_per_param
   parts = {
     part: sum(fields[name] for name in names) for part, names in PARTS.items()
   }
+  if dtype is None:
+    rest = [part for name, part in params.items() if name != 'blocks']
+    bytes = sum(map(train_gpt.size_in_bytes, jax.tree.leaves(rest)))
+    parts['gradients'] = bytes / plan.num_params
+    return parts | {'total': plan.bytes_per_param + parts['gradients']}
   return parts | {'total': plan.bytes_per_param}
 
 
 def run(
-  config: train_gpt.Config, built: train_gpt.Setup, bar: progress.Progress
+  config: train_gpt.Config, built: train_gpt.Setup, name: str, bar: Any
 ) -> dict:
   """Trains once and returns everything that is shown about it."""
-  task = bar.add_task(RUNS[config.optimizer], total=config.steps)
+  task = bar.add_task(name, total=config.steps)
   curve, seconds = [], []
   for record in train_gpt.train(config, built):
     bar.update(task, completed=record.step)
@@ -74,9 +92,11 @@ def run(
     if record.validation is not None:
       curve.append((record.step, record.validation))
   dtype = jnp.float32 if config.optimizer == 'adamw_fp32' else jnp.bfloat16
+  if config.update == 'in-backward':
+    dtype = None
   reports = map(optax_mp.memory.report, built.programs.values())
   return {
-    'name': RUNS[config.optimizer],
+    'name': name,
     'curve': curve,
     'validation': curve[-1][1],
     'bytes_per_param': bytes_per_param(built, dtype),
@@ -115,7 +135,7 @@ def plot(results: dict[str, dict], path: pathlib.Path) -> None:
       losses,
       color=COLORS[key],
       label=result['name'],
-      linestyle='--' if key == 'adamw_bf16' else '-',
+      linestyle={'adamw_bf16': '--', 'in_backward': ':'}.get(key, '-'),
     )
   left.set(xlabel='step', ylabel='validation loss (nats per byte)')
   # The first steps, equal for all, would leave no room for the differences.
@@ -169,12 +189,16 @@ def main() -> None:
   arguments = parser.parse_args()
   results = {}
   with progress.Progress() as bar:
-    for optimizer in RUNS:
+    for key, name in RUNS.items():
+      in_backward = key == 'in_backward'
       config = train_gpt.Config(
-        optimizer=optimizer, steps=arguments.steps, validate_every=50
+        optimizer='adamw_bf16' if in_backward else key,
+        update='in-backward' if in_backward else 'fused',
+        steps=arguments.steps,
+        validate_every=50,
       )
       built = train_gpt.setup(config)
-      results[optimizer] = run(config, built, bar)
+      results[key] = run(config, built, name, bar)
   arguments.out.mkdir(parents=True, exist_ok=True)
   plot(results, arguments.out / 'demo.png')
   told = conditions(config, built.shapes.params) | {'runs': results}

@@ -8,9 +8,10 @@
 The text is the source of Python's own standard library, which every machine
 has. Three optimizers start from the same float32 weights: `adamw_fp32` keeps
 everything in float32, `adamw_plain_bf16` is Optax's AdamW on weights and
-moments rounded to bfloat16, `adamw_bf16` is ours. Stop with Ctrl-C whenever
-you like: with `--checkpoint`, the same command goes on from the last finished
-step and reports the same losses as a run that was never stopped.
+moments rounded to bfloat16, `adamw_bf16` is ours. With `--update in-backward`
+the backward pass updates each block as soon as its gradient is there. Stop with
+Ctrl-C whenever you like: with `--checkpoint`, the same command goes on from the
+last finished step and reports the same losses as a run that was never stopped.
 
 Read on: the model, the text, the optimizers, the step, checkpoints, the loop.
 """
@@ -39,6 +40,7 @@ from rich import progress
 
 import optax_mp
 
+MAX_NORM = 1.0
 OPTIMIZERS = ('adamw_bf16', 'adamw_fp32', 'adamw_plain_bf16')
 
 
@@ -49,7 +51,7 @@ class Config:
   text: str = ''  # a file of one's own
   optimizer: str = 'adamw_bf16'
   residual_bits: int = 16
-  update: str = 'fused'  # or separate, see `compile_step`
+  update: str = 'fused'  # or separate, in-backward, see `compile_step`
   layers: int = 4
   width: int = 128
   heads: int = 4
@@ -135,8 +137,28 @@ class GPT(nnx.Module):
     self.blocks = stack(rngs)
     self.norm = nnx.LayerNorm(config.width, dtype=dtype, rngs=rngs)
 
-  def __call__(self, tokens: jax.Array) -> jax.Array:
-    """Maps tokens (batch, context) to float32 logits (..., 256)."""
+  def __call__(
+    self,
+    tokens: jax.Array,
+    run: Callable[[jax.Array], jax.Array] | None = None,
+  ) -> jax.Array:
+    """Maps tokens (batch, context) to float32 logits (..., 256).
+
+    Args:
+      tokens: bytes.
+      run: runs the blocks, if they are not here.
+
+    Returns:
+      Logits of the next byte.
+    """
+    x = self.bytes(tokens) + self.positions(jnp.arange(tokens.shape[1]))
+    x = (run or self.scan)(x)
+    # The embedding's own matrix turns states back into bytes (GPT-2).
+    to_bytes = self.bytes.embedding[...].astype(jnp.float32)
+    return self.norm(x).astype(jnp.float32) @ to_bytes.T
+
+  def scan(self, x: jax.Array) -> jax.Array:
+    """Runs the blocks."""
     graphdef, stack = nnx.split(self.blocks)
 
     def layer(x, params):
@@ -144,11 +166,7 @@ class GPT(nnx.Module):
 
     if self.recompute:
       layer = jax.checkpoint(layer)
-    x = self.bytes(tokens) + self.positions(jnp.arange(tokens.shape[1]))
-    x, _ = jax.lax.scan(layer, x, stack)
-    # The embedding's own matrix turns states back into bytes (GPT-2).
-    to_bytes = self.bytes.embedding[...].astype(jnp.float32)
-    return self.norm(x).astype(jnp.float32) @ to_bytes.T
+    return jax.lax.scan(layer, x, stack)[0]
 
 
 def load_text(path: str = '') -> tuple[np.ndarray, np.ndarray]:
@@ -198,8 +216,11 @@ def scheduled(
   )
   if 'weight_decay' in others:
     others['mask'] = _decayed
+  tx = make(schedule, **others)
+  if config.update == 'in-backward':
+    return tx  # which sees one layer at a time: `in_backward` clips
   # Clip first: nothing may follow a compensated optimizer.
-  return optax.chain(optax.clip_by_global_norm(1.0), make(schedule, **others))
+  return optax.chain(optax.clip_by_global_norm(MAX_NORM), tx)
 
 
 def _decayed(params: optax.Params) -> optax.Params:
@@ -249,6 +270,11 @@ def setup(
   low = config.optimizer != 'adamw_fp32'
   dtype = dtype or (jnp.bfloat16 if low else jnp.float32)
 
+  loss_fn = loss_of(config)
+  fused = None
+  if config.update == 'in-backward':
+    fused, tx = in_backward(config, tx)
+
   def new_model(seed=config.seed):
     return nnx.split(GPT(config, nnx.Rngs(seed)))
 
@@ -257,31 +283,80 @@ def setup(
     params = jax.tree.map(lambda x: x.astype(dtype), nnx.to_pure_dict(params))
     return State(params, tx.init(params))
 
-  graphdef, _ = nnx.eval_shape(new_model)
-
-  def loss_fn(params, tokens):
-    logits = nnx.merge(graphdef, params)(tokens[:, :-1])
-    losses = optax.softmax_cross_entropy_with_integer_labels(
-      logits, tokens[:, 1:]
-    )
-    return losses.mean()
-
   sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   shapes = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
     jax.eval_shape(create),
   )
   compiler = compiler or compile_donated
-  step, programs = compile_step(config, loss_fn, tx, shapes, compiler)
+  step, programs = compile_step(config, loss_fn, tx, shapes, compiler, fused)
   return Setup(create, shapes, tx, step, programs, jax.jit(loss_fn))
 
 
-def compile_step(config, loss_fn, tx, shapes, compiler):
-  """Compiles the step in one of two ways that reuse all the memory they can.
+def loss_of(config: Config) -> Callable[..., jax.Array]:
+  """The loss, `loss_fn(params, tokens)`."""
+  graphdef, _ = nnx.eval_shape(lambda: nnx.split(GPT(config, nnx.Rngs(0))))
+
+  def loss_fn(params, tokens):
+    return cross_entropy(nnx.merge(graphdef, params)(tokens[:, :-1]), tokens)
+
+  return loss_fn
+
+
+def cross_entropy(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+  """Nats per byte."""
+  return optax.softmax_cross_entropy_with_integer_labels(
+    logits, tokens[:, 1:]
+  ).mean()
+
+
+def in_backward(config, tx, **options):
+  """The step whose backward pass updates the blocks, one after the other.
+
+  Args:
+    config: of the model.
+    tx: the optimizer, without clipping.
+    **options: of `backward.fused_step`, else clipping.
+
+  Returns:
+    `fused(params, opt_state, tokens)` and, for `init`, what `tx` is as a whole.
+  """
+  model = nnx.eval_shape(lambda: GPT(config, nnx.Rngs(0)))
+  blocks, _ = nnx.split(model.blocks)
+  del model.blocks
+  around, _ = nnx.split(model)
+
+  def loss_fn(rest, run, tokens):
+    logits = nnx.merge(around, rest)(tokens[:, :-1], run)
+    return cross_entropy(logits, tokens)
+
+  def block_fn(params, x):
+    return nnx.merge(blocks, params)(x)
+
+  options = options or {'max_norm': MAX_NORM}
+  step = optax_mp.backward.fused_step(loss_fn, block_fn, tx, **options)
+
+  def halves(params):
+    rest = {name: part for name, part in params.items() if name != 'blocks'}
+    return rest, params['blocks']
+
+  def fused(params, opt_state, tokens):
+    rest, stack, opt_state, loss = step(*halves(params), opt_state, tokens)
+    return rest | {'blocks': stack}, opt_state, loss
+
+  whole = optax.GradientTransformationExtraArgs(
+    lambda params: step.init(*halves(params)), tx.update
+  )
+  return fused, whole
+
+
+def compile_step(config, loss_fn, tx, shapes, compiler, other=None):
+  """Compiles the step in a way that reuses all the memory it can.
 
   `fused`: one program, whose new params and state overwrite the old ones.
   `separate`: gradients in one program; in another the new params overwrite
   the gradients. On CPUs both give the same losses bit for bit.
+  `in-backward`: one program, in which gradients are those of one block.
 
   Args:
     config: names the way.
@@ -289,6 +364,7 @@ def compile_step(config, loss_fn, tx, shapes, compiler):
     tx: the optimizer.
     shapes: of `params` and `opt_state`.
     compiler: `compile_donated`, or another in its place.
+    other: the step `in-backward`.
 
   Returns:
     `step(state, tokens) -> (state, loss)` and the programs it runs, by name.
@@ -314,8 +390,8 @@ def compile_step(config, loss_fn, tx, shapes, compiler):
     gradients = jax.tree.map(jax.lax.optimization_barrier, gradients)
     return *update(gradients, opt_state, params), loss
 
-  if config.update == 'fused':
-    program = compiler(fused, (0, 1), params, opt_state, tokens)
+  if config.update != 'separate':
+    program = compiler(other or fused, (0, 1), params, opt_state, tokens)
 
     def step(state, tokens):
       params, opt_state, loss = program(*state, tokens)
@@ -463,7 +539,7 @@ def parse_arguments() -> Config:
   )
   choices = {
     'optimizer': OPTIMIZERS,
-    'update': ('fused', 'separate'),
+    'update': ('fused', 'separate', 'in-backward'),
     'compute_dtype': ('float32', 'bfloat16'),
     'residual_bits': (16, 8, 0),
   }

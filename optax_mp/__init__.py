@@ -5,6 +5,7 @@ Parameters and moments live in bfloat16, what rounding removes is fed back, and
 around it is any Optax optimizer, in float32.
 """
 
+from optax_mp import backward as backward
 from optax_mp import checkpoint as checkpoint
 from optax_mp import formats as formats
 from optax_mp import memory as memory
@@ -33,6 +34,7 @@ __all__ = (
   'adamw_8bit',
   'adamw_bf16',
   'ademamix_8bit',
+  'backward',
   'checkpoint',
   'coat_adamw',
   'compensated',

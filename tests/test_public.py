@@ -15,6 +15,7 @@ FUNCTIONS = {
     formats: [n for n in formats.__all__ if n[0].islower()],
     optax_mp.memory: [n for n in optax_mp.memory.__all__ if n[0].islower()],
     optax_mp.checkpoint: ['to_float32', 'from_float32'],
+    optax_mp.backward: ['fused_step'],
   }.items()
   for name in names
   if not inspect.ismodule(getattr(module, name))
@@ -54,6 +55,6 @@ def test_every_format_says_what_it_stores(name):
 
 
 def test_all_is_sorted_and_complete():
-  for module in (optax_mp, formats, optax_mp.memory):
+  for module in (optax_mp, formats, optax_mp.memory, optax_mp.backward):
     assert list(module.__all__) == sorted(module.__all__)
     assert all(hasattr(module, name) for name in module.__all__)

@@ -123,7 +123,7 @@ def random_bits(
   step = words.pop() * _GOLDEN if even else jnp.uint32(0)
   bits = _position(shape) * _GOLDEN
   for word in words:
-    bits = _mix(bits ^ word)
+    bits = mix(bits ^ word)
   return bits + step
 
 
@@ -142,7 +142,7 @@ def _position(shape: tuple[int, ...]) -> jax.Array:
   return position
 
 
-def _mix(bits: jax.Array) -> jax.Array:
+def mix(bits: jax.Array) -> jax.Array:
   """A bijection of 32-bit words in which every bit depends on every other.
 
   The constants are those of Chris Wellons' lowbias32 (public domain).

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import optax
 
 import optax_mp
+from optax_mp import backward
 from optax_mp.memory import _fit
-from optax_mp.memory import _plan
 from optax_mp.memory import _report
 from optax_mp.memory import _show
 from optax_mp.memory import _survey
@@ -31,11 +31,14 @@ _GPU = (
   'XLA_PYTHON_CLIENT_MEM_FRACTION gives it more; the driver takes some, too.'
 )
 
+_ALSO_IN_BACKWARD = ('optax.adamw, bfloat16', 'adamw_bf16', 'adamw_8bit')
+
 
 def recipes(residual_bits: int | None = None) -> list[_survey.Recipe]:
   """AdamW as Optax has it, in two dtypes, and every recipe of ours.
 
-  A recipe is what the package exports and takes a `learning_rate`.
+  A recipe is what the package exports and takes a `learning_rate`. Some are
+  also there with the update in the backward pass.
 
   Args:
     residual_bits: for the recipes that have it; None for their own defaults.
@@ -57,7 +60,24 @@ def recipes(residual_bits: int | None = None) -> list[_survey.Recipe]:
       if residual_bits is not None and 'residual_bits' in parameters:
         options = {'residual_bits': residual_bits}
       found.append(_survey.Recipe(name, make(1e-4, **options), jnp.bfloat16))
+  for i in range(len(found), 0, -1):
+    if found[i - 1].name in _ALSO_IN_BACKWARD:
+      found.insert(i, in_backward(found[i - 1]))
   return found
+
+
+def in_backward(recipe: _survey.Recipe) -> _survey.Recipe:
+  """The recipe, layers being updated as soon as their gradient is there."""
+
+  def fused(axis):
+    return backward.fused_step(
+      functools.partial(gpt.loss_around, axis=axis),
+      functools.partial(gpt.block, axis=axis),
+      recipe.tx,
+    )
+
+  name = f'{recipe.name}, in backward'
+  return dataclasses.replace(recipe, name=name, in_backward=fused)
 
 
 def size_of(arguments: argparse.Namespace) -> gpt.Size:
@@ -127,9 +147,8 @@ def measure(
 
   here = report(size.layers)
   most = _fit.most_layers(report, size.layers) if arguments.fit else None
-  plan = _plan.plan(recipe.tx, gpt.shapes(size, recipe.dtype))
   print(f'compiled {recipe.name}', file=sys.stderr)
-  return _show.Row(recipe.name, plan.bytes_per_param, here, most)
+  return _show.Row(recipe.name, recipe.bytes_per_param(size), here, most)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

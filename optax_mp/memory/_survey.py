@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiles a training step of a GPT, on one device or cut over several."""
 
+from collections.abc import Callable
 import dataclasses
 from typing import Any
 
@@ -10,6 +11,7 @@ import optax
 from optax_mp import formats
 from optax_mp.formats import _paths
 from optax_mp.memory import _compile
+from optax_mp.memory import _plan
 from optax_mp.memory import _report
 from optax_mp.memory import gpt
 
@@ -23,6 +25,25 @@ class Recipe:
   name: str
   tx: optax.GradientTransformation
   dtype: Any
+  # `in_backward(axis)` for `gpt.in_backward`, if that is where `tx` is applied.
+  in_backward: Callable[[str | None], Any] | None = None
+
+  def step(self, axis: str | None = None) -> tuple[Any, Callable[..., Any]]:
+    """Makes a state, and a training step."""
+    if self.in_backward:
+      return gpt.in_backward(self.in_backward(axis))
+    return self.tx.init, gpt.make_step(self.tx, axis)
+
+  def bytes_per_param(self, size: gpt.Size) -> float:
+    """Of parameters, state and the gradients that exist at once."""
+    params = gpt.shapes(size, self.dtype)
+    if not self.in_backward:
+      return _plan.plan(self.tx, params).bytes_per_param
+    whole = optax.GradientTransformation(self.step()[0], self.tx.update)
+    kept = _plan.plan(whole, params, gradients=None)
+    gradients = jax.tree.leaves(gpt.halves(params)[0])
+    bytes = sum(x.size * x.dtype.itemsize for x in gradients)
+    return kept.bytes_per_param + bytes / kept.num_params
 
 
 def compile_step(
@@ -44,10 +65,10 @@ def compile_step(
     The report, per device.
   """
   params = gpt.shapes(size, recipe.dtype)
-  state = jax.eval_shape(recipe.tx.init, params)
+  init, step = recipe.step('data' if num_devices > 1 else None)
+  state = jax.eval_shape(init, params)
   tokens = gpt.tokens(size, num_devices)
   if num_devices == 1:
-    step = gpt.make_step(recipe.tx)
     compiled = _compile.compile_for(
       target, step, params, state, tokens, donate_argnums=(0, 1)
     )
@@ -62,7 +83,7 @@ def compile_step(
   )
   # What comes out is where it came in: only so can its memory be reused.
   jitted = jax.jit(
-    gpt.make_step(recipe.tx, 'data'),
+    step,
     donate_argnums=(0, 1),
     out_shardings=(*shardings[:2], None),
   )
@@ -87,6 +108,8 @@ def _specs(params: Any, state: Any, num_devices: int) -> tuple[Any, Any]:
       specs, is_leaf=lambda x: isinstance(x, P)
     )
   }
+  # A state of layers alone has paths that begin there.
+  by_path |= {path[1:]: spec for path, spec in by_path.items() if path[1:]}
   leaves, treedef = jax.tree_util.tree_flatten_with_path(
     state, is_leaf=formats.is_stored
   )

@@ -106,34 +106,85 @@ def loss_fn(
     A float32 scalar.
   """
 
-  def cut(x):
-    # Else XLA may gather activations, where FSDP gathers weights.
-    spec = jax.sharding.PartitionSpec(axis)
-    return jax.lax.with_sharding_constraint(x, spec) if axis else x
-
   @jax.checkpoint
   def layer(x, p):
-    return cut(_block(x, p)), None
+    return block(p, x, axis), None
 
+  rest, stack = halves(params)
+  return loss_around(
+    rest, lambda x: jax.lax.scan(layer, x, stack)[0], tokens, axis
+  )
+
+
+def halves(params: Params) -> tuple[Params, Params]:
+  """What is outside the layers, and their stack, as ``backward`` wants them.
+
+  Args:
+    params: of `shapes`.
+
+  Returns:
+    Both, for ``backward.fused_step(gpt.loss_around, gpt.block, tx)``.
+  """
+  rest = {name: part for name, part in params.items() if name != 'layers'}
+  return rest, params['layers']
+
+
+def loss_around(
+  rest: Params,
+  blocks: Callable[[jax.Array], jax.Array],
+  tokens: jax.Array,
+  axis: str | None = None,
+) -> jax.Array:
+  """Mean cross-entropy of the next token, the layers being called.
+
+  Args:
+    rest: parameters outside the layers; of any float dtype.
+    blocks: runs all layers.
+    tokens: int32 (batch, context + 1).
+    axis: of the mesh, over which the batch is cut.
+
+  Returns:
+    A float32 scalar.
+  """
+  rest = _low(rest)
   inputs, targets = tokens[:, :-1], tokens[:, 1:]
-  x = cut(params['embedding'][inputs] + params['positions'])
-  x, _ = jax.lax.scan(layer, x, params['layers'])
-  x = _norm(x, params['norm'])
+  x = blocks(_cut(rest['embedding'][inputs] + rest['positions'], axis))
+  x = _norm(x, rest['norm'])
   logits = jnp.einsum(
-    'btw,vw->btv', x, params['embedding'], preferred_element_type=jnp.float32
+    'btw,vw->btv', x, rest['embedding'], preferred_element_type=jnp.float32
   )
   losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
   return losses.mean()
 
 
-def _block(x: jax.Array, p: Params) -> jax.Array:
-  """Attention and a feed-forward layer, each added to what comes in."""
+def block(p: Params, x: jax.Array, axis: str | None = None) -> jax.Array:
+  """Attention and a feed-forward layer, each added to what comes in.
+
+  Args:
+    p: parameters of one layer, of any float dtype.
+    x: bfloat16 (batch, context, width).
+    axis: of the mesh, over which the batch is cut.
+
+  Returns:
+    The same shape.
+  """
+  p = _low(p)
   qkv = _linear(_norm(x, p['norm_1']), p['qkv'])
   q, k, v = jnp.split(qkv.reshape(*x.shape[:2], -1, _HEAD), 3, axis=2)
   mixed = jax.nn.dot_product_attention(q, k, v, is_causal=True)
   x += _linear(mixed.reshape(x.shape), p['project'])
   wide = jax.nn.gelu(_linear(_norm(x, p['norm_2']), p['widen']))
-  return x + _linear(wide, p['narrow'])
+  return _cut(x + _linear(wide, p['narrow']), axis)
+
+
+def _low(params: Params) -> Params:
+  return jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+
+
+def _cut(x: jax.Array, axis: str | None) -> jax.Array:
+  # Else XLA may gather activations, where FSDP gathers weights.
+  spec = jax.sharding.PartitionSpec(axis)
+  return jax.lax.with_sharding_constraint(x, spec) if axis else x
 
 
 def _linear(x: jax.Array, p: Params) -> jax.Array:
@@ -167,3 +218,20 @@ def make_step(
     return optax.apply_updates(params, updates), state, loss
 
   return step
+
+
+def in_backward(fused: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
+  """The step of ``backward``, of the same arguments as that of `make_step`.
+
+  Args:
+    fused: ``backward.fused_step(gpt.loss_around, gpt.block, tx)``.
+
+  Returns:
+    ``init(params) -> state`` and a step; donate its first two arguments.
+  """
+
+  def step(params, state, tokens):
+    rest, stack, state, loss = fused(*halves(params), state, tokens)
+    return rest | {'layers': stack}, state, loss
+
+  return lambda params: fused.init(*halves(params)), step

@@ -2,19 +2,16 @@
 """What the wrappers share: float32 views, keys, and states laid out alike."""
 
 from collections.abc import Callable
-import functools
 from typing import Any
 
 import chex
 import jax
 from jax import lax
-from jax.experimental import shard_alike
 import jax.numpy as jnp
 import optax
 
-from optax_mp import formats
 from optax_mp.formats import _base
-from optax_mp.formats import _paths
+from optax_mp.formats import _layout
 from optax_mp.formats import _rounding
 
 
@@ -30,7 +27,9 @@ def widen(x: Any) -> Any:
   return x
 
 
-def noise_key(seed: int, count: chex.Array) -> chex.PRNGKey:
+def noise_key(
+  seed: int, count: chex.Array, layer: chex.Array | None = None
+) -> chex.PRNGKey:
   """The key of one step's noise: a typed key of two words, seed and step.
 
   Of them only the count is in the state. The seed is a constant of the program,
@@ -40,11 +39,18 @@ def noise_key(seed: int, count: chex.Array) -> chex.PRNGKey:
   Args:
     seed: of the wrapper.
     count: a scalar, uint32.
+    layer: a scalar, uint32: the number of a layer in a stack, whose state is
+      updated layer by layer; of equal paths and counts its noise is its own.
 
   Returns:
     A key for ``formats._rounding.random_bits``.
   """
-  words = jnp.stack([jnp.uint32(seed), count])
+  word = jnp.uint32(seed)
+  if layer is not None:
+    # Mixed, so that no layer has the noise of another one a few values on; plus
+    # one, because 0 stays 0, and this is no layer's but the rest's.
+    word ^= _rounding.mix(layer + jnp.uint32(1))
+  words = jnp.stack([word, count])
   return jax.random.wrap_key_data(words, impl='threefry2x32')
 
 
@@ -89,35 +95,9 @@ def laid_out(build: Callable[[Any], Any]) -> Callable[[Any], Any]:
   """
 
   def build_laid_out(params):
-    return lay_out(build(params), params)
+    return _layout.lay_out(build(params), params)
 
   return jax.jit(build_laid_out)
-
-
-def lay_out(state: Any, params: Any) -> Any:
-  """The state, its arrays sharded like the parameters that they belong to.
-
-  A compiled program is free to put zeros on one device, so every array shaped
-  like the parameter at the same path is told to be laid out like that.
-  """
-  leaves = dict(jax.tree_util.tree_leaves_with_path(params))
-  paths = [
-    path
-    for path, _ in jax.tree_util.tree_leaves_with_path(
-      state, is_leaf=formats.is_stored
-    )
-  ]
-  parts = _paths.split_paths(paths, leaves)
-
-  def like_param(path, stored):
-    param = leaves.get(parts[path][1])
-    if param is None:
-      return stored
-    return jax.tree.map(functools.partial(_lay_out, param=param), stored)
-
-  return jax.tree_util.tree_map_with_path(
-    like_param, state, is_leaf=formats.is_stored
-  )
 
 
 def not_constant(state: Any) -> Any:
@@ -133,10 +113,3 @@ def not_constant(state: Any) -> Any:
     return x + zero.astype(x.dtype) if is_float else x
 
   return jax.tree.map(add, state)
-
-
-def _lay_out(x: chex.Array, param: chex.Array) -> chex.Array:
-  """``x``, sharded like ``param`` if it has its shape."""
-  if x.shape != param.shape:
-    return x
-  return shard_alike.shard_alike(param, x)[1]

@@ -132,7 +132,8 @@ def compensated(
       treedef.unflatten(weights),
       **extra_args,
     )
-    now = _common.noise_key(seed, state.noise_count)
+    layer = extra_args.get('layer')
+    now = _common.noise_key(seed, state.noise_count, layer)
     pairs = [
       step(path, p, w, d, now)
       for path, p, w, d in zip(

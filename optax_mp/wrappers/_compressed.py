@@ -11,6 +11,7 @@ import optax
 
 from optax_mp import formats
 from optax_mp.formats import _base
+from optax_mp.formats import _layout
 from optax_mp.formats import _paths
 from optax_mp.formats import _rule
 from optax_mp.formats import _tree
@@ -129,7 +130,7 @@ def keep_compressed(
   def build(params):
     state = inner.init(_common.to_float32(params))
     # Before as well: then scales and factors, which have other shapes, follow.
-    state = _common.lay_out(state, params)
+    state = _layout.lay_out(state, params)
     state = _common.not_constant(state)
     now = _common.noise_key(seed, jnp.uint32(0))
     decided = choices(state, params)
@@ -167,7 +168,8 @@ def keep_compressed(
 
     scales = _passes.fit_ahead(advance, state.inner_state, like, chosen)
     new_updates, inner_state = advance(state.inner_state)
-    now = _common.noise_key(seed, state.noise_count)
+    layer = extra_args.get('layer')
+    now = _common.noise_key(seed, state.noise_count, layer)
     stored = _tree.encode_leaves(inner_state, chosen, now, scales)
     stored = _tree.in_containers(stored, state.inner_state, like)
     new_updates = _cast_like(new_updates, updates, params)

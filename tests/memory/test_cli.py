@@ -67,6 +67,21 @@ def test_residual_bits_reach_the_recipes(capsys):
   assert float(rows['sgdm_bf16'][0]) == pytest.approx(8, abs=0.1)
 
 
+@needs_h100
+def test_updates_in_the_backward_pass_have_rows(capsys):
+  """Exact: 2 B of gradients less, but for what is outside the layers."""
+  names = ['optax.adamw, bfloat16', 'optax.adamw, bfloat16, in backward']
+  flags = ['--vocabulary', '256', *H100]
+  program.main([*TINY, *flags, *(f'--only={name}' for name in names)])
+  rows = _rows(capsys.readouterr().out)
+  size = gpt.Size(2, 128, vocabulary=256, context=64, batch=2)
+  rest, stack = gpt.halves(gpt.shapes(size, 'bfloat16'))
+  outside = sum(x.size for x in jax.tree.leaves(rest)) / size.num_params
+  whole, ours = (float(rows[name][0]) for name in names)
+  assert whole == 8
+  assert ours == pytest.approx(6 + 2 * outside, abs=0.01)
+
+
 def test_recipes_are_what_the_package_exports(monkeypatch):
   """A new recipe needs no line here."""
 
@@ -231,13 +246,17 @@ def test_fit_prints_the_most(capsys, monkeypatch):
   assert layers == expected
 
 
-@pytest.mark.parametrize('target', ['h100', 'tpu-v6e'])
-def test_several_devices_share_everything(target):
+@pytest.mark.parametrize(
+  'target, in_backward', [('h100', False), ('tpu-v6e', False), ('h100', True)]
+)
+def test_several_devices_share_everything(target, in_backward):
   """Claim: each of 4 has a quarter, but for vectors, and gathers weights."""
   if target not in memory.targets():
     pytest.skip(f'no compiler for {target}')
   size = gpt.Size(2, 256, vocabulary=512, context=64)
   recipe = _survey.Recipe('r', optax_mp.adamw_bf16(1e-4), jnp.bfloat16)
+  if in_backward:
+    recipe = program.in_backward(recipe)
   one, four = (_survey.compile_step(recipe, size, target, n) for n in (1, 4))
   assert one.argument_bytes / four.argument_bytes > 3.5
   assert four.alias_bytes > 0.99 * (four.argument_bytes - 4 * 65)

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the arrays of a state lie: where their parameters lie."""
+
+import functools
+from typing import Any
+
+import chex
+import jax
+from jax.experimental import shard_alike
+
+from optax_mp.formats import _base
+from optax_mp.formats import _paths
+
+
+def lay_out(state: Any, params: Any) -> Any:
+  """The state, its arrays sharded like the parameters that they belong to.
+
+  A compiled program is free to put zeros on one device, so every array shaped
+  like the parameter at the same path is told to be laid out like that.
+  """
+  leaves = dict(jax.tree_util.tree_leaves_with_path(params))
+  paths = [
+    path
+    for path, _ in jax.tree_util.tree_leaves_with_path(
+      state, is_leaf=_base.is_stored
+    )
+  ]
+  parts = _paths.split_paths(paths, leaves)
+
+  def like_param(path, stored):
+    param = leaves.get(parts[path][1])
+    if param is None:
+      return stored
+    return jax.tree.map(functools.partial(_lay_out, param=param), stored)
+
+  return jax.tree_util.tree_map_with_path(
+    like_param, state, is_leaf=_base.is_stored
+  )
+
+
+def _lay_out(x: chex.Array, param: chex.Array) -> chex.Array:
+  """``x``, sharded like ``param`` if it has its shape."""
+  if x.shape != param.shape:
+    return x
+  return shard_alike.shard_alike(param, x)[1]
