@@ -28,7 +28,12 @@ FORMATS = [
     '8 bits, unbiased',
     'the simplest small one',
   ),
-  (formats.BlockInt(8), 'half a code', 'first moments, momenta'),
+  (formats.BlockInt(8), 'half a code', 'momenta'),
+  (
+    formats.BlockInt(8, map='sqrt_log'),
+    'half a code, ratios of small ones',
+    'first moments of Adam',
+  ),
   (
     formats.BlockInt(8, signed=False, rounding='stochastic'),
     'ratios, unbiased',
