@@ -77,7 +77,8 @@ def compressed(
   in ``BFloat16('stochastic')``, instead of 8.
 
   **Caveats:** nearest rounding to bfloat16 freezes averages with decay 0.999.
-  Under ``vmap`` every row has the same noise.
+  Under ``vmap`` every row has the same noise, unless ``update`` is given its
+  number as ``layer=``.
   ``optax.tree.map_params`` with further trees needs
   ``is_leaf=formats.is_stored``.
 
