@@ -34,6 +34,7 @@ bench: .venv/test
 	$(BIN)/python benchmarks/quality.py --b2 0.95
 	$(BIN)/python benchmarks/tracking.py
 	$(BIN)/python benchmarks/update.py
+	$(BIN)/python benchmarks/in_backward.py
 	$(BIN)/python benchmarks/speed.py
 
 # The numbers in the READMEs, from the results, and from the last demo if there

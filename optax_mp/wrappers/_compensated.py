@@ -88,7 +88,8 @@ def compensated(
   come back. ``optax.apply_if_finite`` and ``value_and_grad_from_state`` want
   updates of the gradients' dtype: give them float32 gradients, or put the
   former inside, ``compensated(apply_if_finite(inner))``. After
-  ``vmap(tx.init)`` every row has the same noise.
+  ``vmap(tx.init)`` every row has the same noise, unless ``update`` is given
+  its number as ``layer=``.
 
   References:
     Lewandowski and Kosson, `Memory Efficient Mixed-Precision Optimizers

@@ -77,12 +77,12 @@ def compressed(
   in ``BFloat16('stochastic')``, instead of 8.
 
   **Caveats:** nearest rounding to bfloat16 freezes averages with decay 0.999.
-  Under ``vmap`` every row has the same noise. For formats with scales
-  ``inner.update`` is called twice, once for the scales of new states and once
-  for the rest, which saves a GPU from keeping them in float32; the compiler
-  merges what is not stored. A callback inside it, or the ``value_fn`` of a line
-  search, therefore may run twice a step: ``compressed`` is for optimizers that
-  are arithmetic.
+  Under ``vmap`` every row has the same noise, unless ``update`` is given its
+  number as ``layer=``. For formats with scales ``inner.update`` is called
+  twice, once for the scales of new states and once for the rest, which saves a
+  GPU from keeping them in float32; the compiler merges what is not stored. A
+  callback inside it, or the ``value_fn`` of a line search, may therefore run
+  twice a step: ``compressed`` is for optimizers that are arithmetic.
   ``optax.tree.map_params`` with further trees needs
   ``is_leaf=formats.is_stored``.
 
