@@ -55,6 +55,10 @@ COMPILED += [
   name + IN_BACKWARD
   for name in ('optax.adamw, bfloat16', 'adamw_bf16', 'adamw_8bit')
 ]
+# What the update in the backward pass does, too: layers are recomputed. All
+# models but the demo are, in any case.
+RECOMPUTED = 'adamw_bf16, recomputed'
+COMPILED.append(RECOMPUTED)
 TARGETS = ('h100', 'tpu-v5e')
 
 
@@ -78,13 +82,16 @@ def compile_gpt(
   )
 
 
-def compile_demo(contender: Contender, target: str, in_backward: bool) -> Any:
+def compile_demo(
+  contender: Contender, target: str, in_backward: bool, recompute: bool
+) -> Any:
   """Compiles the step of `make demo`, in bfloat16 as on any accelerator."""
   family = FAMILIES[contender.family]
   config = train_gpt.Config(
     learning_rate=family.learning_rate,
     compute_dtype='bfloat16',
     update='in-backward' if in_backward else 'fused',
+    recompute=recompute,
   )
 
   def compiler(fn, donated, *args):
@@ -98,9 +105,10 @@ def compile_demo(contender: Contender, target: str, in_backward: bool) -> Any:
 def measure(model: str, name: str, target: str) -> dict[str, Any]:
   """The report of one step, and its bytes per parameter."""
   in_backward = name.endswith(IN_BACKWARD)
-  contender = CONTENDERS[name.removesuffix(IN_BACKWARD)]
+  contender = CONTENDERS[name.split(IN_BACKWARD)[0].split(', recomputed')[0]]
   if model == 'demo':
-    compiled = compile_demo(contender, target, in_backward)
+    recompute = name == RECOMPUTED
+    compiled = compile_demo(contender, target, in_backward, recompute)
   else:
     compiled = compile_gpt(SIZES[model], contender, target, in_backward)
   report = memory.report(compiled).to_dict()
@@ -160,6 +168,7 @@ def main(argv: list[str] | None = None) -> None:
     for model in arguments.model or MODELS
     for target in arguments.target or TARGETS
     for name in arguments.only or COMPILED
+    if name != RECOMPUTED or model == 'demo'
   ]
   # The compilers run beside this process: as many at once as there are cores.
   with futures.ThreadPoolExecutor(os.cpu_count()) as pool:

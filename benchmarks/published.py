@@ -172,7 +172,7 @@ _SOFTSIGN4 = formats.BlockInt(4, map='softsign', rounding='stochastic')
 
 
 def _first(**settings: Any) -> formats.BlockInt:
-  below = 16 if settings['map'] == 'sqrt_log' else 10
+  below = 20 if settings['map'] == 'sqrt_log' else 10
   settings |= {'rounding': 'stochastic', 'stochastic_below': below}
   return formats.BlockInt(8, **settings)
 

@@ -59,6 +59,7 @@ DEMO = {
   'adamw_fp32': 'optax.adamw, float32',
   'adamw_plain_bf16': 'optax.adamw, bfloat16',
   'adamw_bf16': 'adamw_bf16',
+  'recomputed': 'adamw_bf16, recomputed',
   'in_backward': 'adamw_bf16, in backward',
 }
 

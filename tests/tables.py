@@ -96,11 +96,12 @@ def codes(map: str, top: int) -> np.ndarray:
   """The values of all codes of a map, from its definition."""
   n = np.arange(top + 1)
   z = n / top
-  ratios = (16 / top) ** 2 * 2.0 ** (n - 16) * (n > 0)
+  squares = ((n - 10) / (top - 10)) ** 2
+  ratios = (6 / (top - 10)) ** 2 * 2.0 ** (n - 16) * (n > 0)
   return {
     'linear': z,
     'sqrt': z**2,
-    'sqrt_log': np.where(n < 16, ratios, z**2),
+    'sqrt_log': np.where(n < 16, ratios, squares),
     'softsign': z / (2 - z),
   }[map]
 

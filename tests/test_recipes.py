@@ -50,7 +50,7 @@ def divided(rounding):
   """Of a first moment that stands above the root of a second one."""
   if rounding == STOCHASTIC:
     return int8(rounding)
-  return int8(max(rounding, 16), map='sqrt_log')
+  return int8(10 + rounding, map='sqrt_log')
 
 
 def fp8(rounding):

@@ -82,8 +82,10 @@ def test_the_same_codes_on_eight_devices(name, spec, kind):
   )
 
 
-@pytest.mark.parametrize('shape', [SHAPE, (64, 200)], ids=str)
-@pytest.mark.parametrize('name', RECIPES | OTHERS)
+@pytest.mark.parametrize(
+  ('name', 'shape'),
+  [(name, SHAPE) for name in RECIPES | OTHERS] + [('adamw_8bit', (64, 200))],
+)
 def test_a_mesh_that_no_context_sets(name, shape):
   """Exact, but for means over devices: the axes of `make_mesh` are explicit."""
   if jax.device_count() < 8:

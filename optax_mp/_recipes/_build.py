@@ -90,7 +90,7 @@ def first_moment(
   if is_fast(*decays):
     below = max(math.floor(1 / (1 - max(0.0, decay))) for decay in decays)
     if settings.get('map') == 'sqrt_log':
-      below = max(below, 16)  # all of its ratios
+      below = max(below + 10, 16)  # its squares are of n - 10, from 16 on
   settings |= {'rounding': 'stochastic', 'stochastic_below': below}
   return formats.BlockInt(bits, **settings)
 

@@ -2,6 +2,7 @@
 """What cannot work, said while tracing and not by a wrong result."""
 
 from collections.abc import Mapping
+import numbers
 from typing import Any
 
 import jax
@@ -59,10 +60,11 @@ def _max_norm(max_norm: Any, norm_mode: str) -> None:
         'None. Give the norm to clip at, or leave out `norm_mode`.'
       )
     return
-  _base.check_static(max_norm, 'max_norm')
-  if isinstance(max_norm, bool) or not max_norm > 0:
+  number = isinstance(max_norm, numbers.Real)
+  if not number or isinstance(max_norm, bool) or not float(max_norm) > 0:
     raise ValueError(
-      f'`max_norm` must be positive, or None for no clipping; got {max_norm!r}.'
+      '`max_norm` must be a positive number of Python, or None for no '
+      f'clipping; got {max_norm!r}.'
     )
 
 
@@ -98,11 +100,12 @@ def rest(rest: Any) -> None:
 def _floats(leaves: list[tuple[Any, Any]], where: str) -> None:
   for path, leaf in leaves:
     dtype = getattr(leaf, 'dtype', None)
-    if dtype is None or not jnp.issubdtype(dtype, jnp.inexact):
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
       raise ValueError(
-        f'{where} must be parameters, floating-point arrays; got '
+        f'{where} must be parameters, arrays of real floats; got '
         f'{dtype or type(leaf).__name__} at {_paths.path_str(path)!r}. Pass it '
-        'with the batch, and to the layers as an argument of `blocks`.'
+        'with the batch, and to the layers as an argument of `blocks`; train '
+        'complex parameters as pairs of real ones.'
       )
 
 
@@ -216,9 +219,10 @@ def same_state(new: Any, old: Any) -> None:
   if _avals(new) != _avals(old):
     raise ValueError(
       '`tx` must keep the structure, shapes and dtypes of its state; got '
-      f'{_avals(old)[1]} and after `update` {_avals(new)[1]}. With `loss_scale`'
-      ' gradients are float32: let `optax_mp.compensated` take them, or train '
-      'float32 parameters.'
+      f'{_avals(old)[1]} and after `update` {_avals(new)[1]}. Where it is the '
+      'dtype that differs, gradients have another one than parameters, such as '
+      'float32 with `loss_scale`: let `optax_mp.compensated` take them, or '
+      'train float32 parameters. All of a state must be arrays.'
     )
 
 

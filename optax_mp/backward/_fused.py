@@ -6,15 +6,12 @@ import dataclasses
 from typing import Any, Literal
 
 import chex
-import jax
-import jax.numpy as jnp
 import optax
 
 from optax_mp.backward import _checks
 from optax_mp.backward import _gradients
 from optax_mp.backward import _step
 from optax_mp.backward import _walk
-from optax_mp.formats import _layout
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # `jax.jit` wants a hash
@@ -52,18 +49,9 @@ class FusedStep:
     """
     stacks = self._stacks(rest, stack)
 
-    @jax.jit
-    def build(rest, stacks):
-      state = _layout.lay_out(self.tx.init(rest), rest)
-      return state, {
-        name: _layout.lay_out(jax.vmap(self.tx.init)(each), each)
-        for name, each in stacks.items()
-      }
-
-    rest_state, states = build(rest, stacks)
+    rest_state, states, *scalars = _step.initial(self.tx, rest, stacks)
     _checks.accumulation((rest_state, states))
-    norm, count = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)
-    return _step.FusedState(rest_state, self._unnamed(states), norm, count)
+    return _step.FusedState(rest_state, self._unnamed(states), *scalars)
 
   def loss(self, rest: optax.Params, stack: optax.Params, *batch: Any) -> Any:
     """What ``loss_fn`` returns, without a step; differentiable as usual.
@@ -79,7 +67,7 @@ class FusedStep:
     stacks = self._stacks(rest, stack)
     functions = self._named(self.block_fn)
     blocks = {
-      name: _walk.Blocks(name, functions[name], self.policy, each)
+      name: _walk.Blocks(name, functions[name], self.policy, each).__call__
       for name, each in stacks.items()
     }
     return self.loss_fn(rest, self._unnamed(blocks), *batch)
@@ -180,7 +168,8 @@ def fused_step(
       ``blocks['encoder'](h)``.
     tx: any Optax transformation. It sees one layer at a time, its leaves
       without the axis of layers, and ``layer=``, its number: :func:`compressed`
-      and :func:`compensated` have other noise in each.
+      and :func:`compensated` have other noise in each, and ``optax.add_noise``
+      other keys. It is the place for weight decay.
     max_norm: gradients are clipped to this global norm, that of all layers and
       of the rest together.
     norm_mode: 'exact': like ``optax.clip_by_global_norm`` before ``tx``, by a

@@ -64,3 +64,24 @@ def put(tree: Any, i: jax.Array, layer: Any) -> Any:
     tree,
     layer,
   )
+
+
+def with_own_noise(state: Any, first: int) -> Any:
+  """A stack of states whose keys, of ``optax.add_noise``, differ by layer.
+
+  Args:
+    state: of all layers of a stack, as ``vmap(tx.init)`` makes it.
+    first: the number of the first layer among those of all stacks.
+
+  Returns:
+    The state, keys in fields called ``rng_key`` folded with those numbers.
+  """
+
+  def own(path, x):
+    if not path or getattr(path[-1], 'name', None) != 'rng_key':
+      return x
+    # 0 is the rest's, whose key stays what it is.
+    numbers = first + 1 + jnp.arange(x.shape[0])
+    return jax.vmap(jax.random.fold_in)(x, numbers)
+
+  return jax.tree_util.tree_map_with_path(own, state)

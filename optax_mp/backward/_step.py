@@ -11,7 +11,9 @@ import optax
 
 from optax_mp.backward import _checks
 from optax_mp.backward import _gradients
+from optax_mp.backward import _parts
 from optax_mp.backward import _passes
+from optax_mp.formats import _layout
 
 
 class FusedState(NamedTuple):
@@ -54,7 +56,9 @@ class Backward:
       here = _checks.trace()
       for each in blocks.values():
         each.sums, each.trace = sums, here
-      out = loss_fn(rest, blocks)
+      # Methods alone: parameters are not for `loss_fn`, which would see them
+      # without their gradients.
+      out = loss_fn(rest, {k: each.__call__ for k, each in blocks.items()})
       loss, aux = out if options.has_aux else (out, ())
       _checks.called(blocks)
       _checks.loss(loss)
@@ -83,6 +87,35 @@ class Backward:
     assert all(each.next_pass is None for each in self.blocks.values())
     sums = _gradients.summed(rest, sums, wanted)
     return rest, jnp.sqrt(sums.squares) / self.scale, sums.not_finite == 0
+
+
+def initial(
+  tx: optax.GradientTransformation, rest: Any, stacks: dict[str, Any]
+) -> tuple[Any, dict[str, Any], chex.Array, chex.Array]:
+  """The parts of the state before the first step.
+
+  Args:
+    tx: of all.
+    rest: parameters outside the stacks.
+    stacks: parameters of the layers.
+
+  Returns:
+    The states of both, sharded like their parameters, and the two scalars,
+    which lie on the same devices.
+  """
+
+  @jax.jit
+  def build(rest, stacks):
+    states, first = {}, 0
+    for name, stack in stacks.items():
+      state = _parts.with_own_noise(jax.vmap(tx.init)(stack), first)
+      states[name] = _layout.lay_out(state, stack)
+      first += len(jax.tree.leaves(stack)[0])
+    rest_state = _layout.lay_out(tx.init(rest), rest)
+    norm, count = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)
+    return rest_state, states, norm, count
+
+  return build(rest, stacks)
 
 
 def take(

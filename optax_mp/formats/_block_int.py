@@ -49,7 +49,8 @@ class BlockInt:
   map         v(n), N the largest code                 of
   =========== ======================================== ====================
   'sqrt'      (n / N)^2                                first moments, momenta
-  'sqrt_log'  the same, in ratios of 2 below n = 16    first moments of Adam
+  'sqrt_log'  ((n - 10) / (N - 10))^2 from n = 16 on,  first moments of Adam
+              below it in ratios of 2; n = 0 is zero
   'log'       equal ratios from the smallest to the    second moments
               largest of the block; n = 0 is zero
   'dynamic'   decades, linear within each              8-bit optimizers
@@ -74,7 +75,8 @@ class BlockInt:
     stochastic_below: a code, from which on 'stochastic' takes the nearer one
       all the same. An average with decay b that nothing is added to falls by
       half a code and more from code 1 / (1 - b) on ('sqrt', 'softsign',
-      'linear'); below, it would stand still if it were rounded to nearest.
+      'linear'; 10 + 1 / (1 - b) for 'sqrt_log'); below, it would stand still if
+      it were rounded to nearest.
       Towards a gradient that has no noise at all the larger ones stop half as
       many codes away.
     keep_nonzero: whether unsigned values that are not zero never become zero,

@@ -77,7 +77,7 @@ class Sqrt:
 
 @dataclasses.dataclass(frozen=True)
 class SqrtLog:
-  """:class:`Sqrt`, but ratios of two below code 16: value(n) = 2^(n-16) v(16).
+  """Squares of n - 10 from code 16 on, below it ratios of two.
 
   Adam divides a first moment by the root of a second one, whose own grid has
   equal ratios everywhere: far below the largest of its block the first code of
@@ -87,17 +87,20 @@ class SqrtLog:
   """
 
   top: int
-  first: int = 16  # the first code that is a square
+  first: int = 16  # the first code that is a square, of 6
+  shift: int = 10
 
   def value(self, code: jax.Array) -> jax.Array:
-    root = jnp.maximum(code, self.first).astype(jnp.float32) / self.top
+    root = jnp.maximum(code, self.first) - self.shift
+    root = root.astype(jnp.float32) / (self.top - self.shift)
     missing = jnp.maximum(self.first - code, 0)
     ratio = lax.bitcast_convert_type((127 - missing) << 23, jnp.float32)
     return jnp.where(code > 0, root * root * ratio, 0.0)
 
   def below(self, x: jax.Array) -> jax.Array:
-    root = np.float32(self.first / self.top)
-    square = jnp.floor(self.top * jnp.sqrt(x)).astype(jnp.int32)
+    top = self.top - self.shift
+    root = np.float32((self.first - self.shift) / top)
+    square = jnp.floor(top * jnp.sqrt(x)).astype(jnp.int32) + self.shift
     word = lax.bitcast_convert_type(x / (root * root), jnp.int32)
     powers = (word >> 23) - 127  # of two, rounded down
     return jnp.where(powers < 0, self.first + powers, square)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a model may be: several stacks, arguments of layers, any `h`."""
 
+import re
+
 import chex
 import jax
 from jax import lax
@@ -158,7 +160,7 @@ def test_the_layers_need_neither_trained_inputs_nor_a_loss():
 
 
 def test_a_policy_changes_no_number():
-  """Derived: with dots kept or nothing."""
+  """Derived: with dots kept or nothing. And exact: it is not passed over."""
 
   def loss_fn(rest, blocks, x):
     return jnp.sum(jnp.sin(blocks(x @ rest['in'])) @ rest['out'])
@@ -166,6 +168,16 @@ def test_a_policy_changes_no_number():
   for policy in ('dots_saveable', 'nothing_saveable'):
     policy = getattr(jax.checkpoint_policies, policy)
     check(loss_fn, layer, REST, STACK, X, policy=policy)
+    assert recomputing(loss_fn, policy=policy) == 1
+  assert recomputing(loss_fn) == 0
+
+
+def recomputing(loss_fn, **options):
+  """How often the program recomputes the inside of a layer."""
+  step = backward.fused_step(loss_fn, layer, SGD, **options)
+  state = step.init(REST, STACK)
+  made = jax.make_jaxpr(step)(REST, STACK, state, X)
+  return len(re.findall(r'= (?:remat|checkpoint)\d*\[', str(made)))
 
 
 def test_adam_on_one_layer_and_rest_alone():
@@ -195,8 +207,9 @@ STEP = {'loss_fn': stacks.loss_fn, 'block_fn': stacks.block_fn, 'tx': SGD}
     ({'block_fn': {'a': 1}}, r"`block_fn\['a'\]` must be a function; got 1"),
     ({'tx': 0.1}, '`tx` must be an Optax transformation .*; got 0.1'),
     ({'tx': optax.MultiSteps(SGD, 2)}, 'optax.MultiSteps`, which accumul.*Use'),
-    ({'max_norm': 0.0}, '`max_norm` must be positive, or None .*; got 0.0'),
-    ({'max_norm': -1}, '`max_norm` must be positive'),
+    ({'max_norm': 0.0}, '`max_norm` must be a positive .* None .*; got 0.0'),
+    ({'max_norm': -1}, '`max_norm` must be a positive number'),
+    ({'max_norm': jnp.ones(())}, '`max_norm` must be a positive number'),
     ({'norm_mode': 'last'}, "`norm_mode` must be .*; got 'last'"),
     ({'norm_mode': 'previous'}, '`norm_mode` does nothing without `max_norm`'),
     ({'policy': 'dots'}, "`policy` must be one of .*; got 'dots'"),
@@ -233,7 +246,8 @@ def test_accumulation_is_refused(tx):
       {'w': jnp.ones((3, 4)), 'b': jnp.ones((2, 4))},
       r"same number of layers, .*got {'b': 2, 'w': 3}. Stack the layers with",
     ),
-    (REST, {'w': jnp.ones((3, 4), int)}, "point arrays; got int32 at 'w"),
+    (REST, {'w': jnp.ones((3, 4), int)}, "real floats; got int32 at 'w"),
+    (REST, {'w': jnp.ones((3, 4), complex)}, 'got complex64 .* as pairs of'),
     ({'n': 3.0}, STACK, "`rest` must be parameters, .* got float at 'n'"),
   ],
 )  # fmt: skip
@@ -241,6 +255,19 @@ def test_trees_that_are_no_parameters(rest, stack, message):
   step = backward.fused_step(**STEP)
   with pytest.raises(ValueError, match=message):
     step.init(rest, stack)
+
+
+def test_parameters_are_not_reached_through_blocks():
+  """Without their gradients, that is: weight decay belongs into `tx`."""
+
+  def loss_fn(rest, blocks, x):
+    return sums(rest, blocks, x) + jnp.sum(blocks.stack['w'] ** 2)
+
+  step = backward.fused_step(loss_fn, layer, SGD)
+  with pytest.raises(AttributeError, match='stack'):
+    step.loss(REST, STACK, X)
+  with pytest.raises(AttributeError, match='stack'):
+    step(REST, STACK, step.init(REST, STACK), X)
 
 
 def sums(rest, blocks, x):
@@ -307,5 +334,5 @@ def test_states_and_stacks_of_another_step():
     sums, lambda p, h: h @ p['w'].astype(h.dtype), optax.sgd(1.0, momentum=0.9)
   )
   state = step.init(REST, low)
-  with pytest.raises(ValueError, match='`tx` must keep .* With `loss_scale`'):
+  with pytest.raises(ValueError, match='`tx` must keep .* with `loss_scale`'):
     step(REST, low, state, X, loss_scale=2.0)

@@ -112,6 +112,24 @@ def test_a_gradient_that_is_not_finite_changes_nothing(bad, options):
   assert np.any(later[1]['kernel'] != carry[1]['kernel'])
 
 
+def test_a_gradient_of_the_rest_that_is_not_finite_changes_nothing():
+  """Exact: all of the layers are finite then."""
+
+  def loss_fn(rest, blocks, x, y, root):
+    loss = stacks.loss_fn(rest, blocks, x, y)
+    # The root of 0 is 0, and has no derivative.
+    return loss + jnp.sum(jnp.sqrt(root * rest['out'] ** 2))
+
+  step = backward.fused_step(
+    loss_fn, stacks.block_fn, adamw(), skip_nonfinite=True
+  )
+  carry, model = start(step)
+  *after, loss = jax.jit(step)(*carry, *model.batch, 0.0)
+  assert np.isfinite(loss)
+  skipped = carry[2]._replace(total_notfinite=carry[2].total_notfinite + 1)
+  chex.assert_trees_all_equal(tuple(after), (*carry[:2], skipped))
+
+
 def test_a_norm_that_is_not_finite_is_not_kept():
   """Else 'previous' would clip everything away from then on."""
   step = fused(optax.sgd(0.0), max_norm=NORM, norm_mode='previous')

@@ -243,3 +243,20 @@ def test_the_plan_counts_no_gradients():
   fields = {row.field: row.bytes_per_param for row in plan.rows}
   assert {'params', 'residual', 'mu', 'nu'} <= set(fields)
   assert sum(fields[f] for f in ('params', 'residual')) == 4
+
+
+def test_noise_of_optax_is_other_noise_in_each_layer():
+  """Exact: no two of three layers and the rest get the same."""
+  tx = optax.add_noise(1.0, 0.0, jax.random.key(0))
+  stack, rest = {'w': jnp.zeros((3, 4))}, {'w': jnp.zeros(4)}
+
+  def loss_fn(rest, blocks):
+    return 0.0 * jnp.sum(blocks(rest['w']))
+
+  step = backward.fused_step(loss_fn, lambda p, h: h + p['w'], tx)
+  state = step.init(rest, stack)
+  seen = []
+  for _ in range(2):
+    rest, stack, state, _ = jax.jit(step)(rest, stack, state)
+    seen += [*np.asarray(stack['w']), np.asarray(rest['w'])]
+  assert len(np.unique(np.round(seen, 5), axis=0)) == len(seen)

@@ -53,9 +53,11 @@ def test_what_is_reported():
   run = _run()
   assert run['steps'] == 4 and math.isfinite(run['loss'])
   assert list(run['pairs']) == list(PAIRS)
-  for row in run['pairs']['adamw_8bit'].values():
-    # A row of the smallest QKV has one scale for queries and values.
-    assert 0 < row['update'] < row['stored'] < 0.2
+  # A row of the smallest QKV has one scale for queries and values, which differ
+  # most in the first steps.
+  most = {'embedding': 0.02, 'MLP in': 0.02, 'QKV': 0.3}
+  for name, row in run['pairs']['adamw_8bit'].items():
+    assert 0 < row['update'] < row['stored'] < most[name]
     assert row['nu zeroed'] == 0
 
 
