@@ -161,7 +161,10 @@ def called(blocks: dict[str, Any]) -> None:
 
 def trace() -> Any:
   """What is traced now, to be compared with what is traced elsewhere."""
-  return core.get_opaque_trace_state(convention='nnx')
+  # JAX 0.9 has it in `jax.core` alone, where later ones deprecate it.
+  name = 'get_opaque_trace_state'
+  module = core if hasattr(core, name) else jax.core
+  return getattr(module, name)(convention='nnx')
 
 
 def called_directly(expected: Any) -> None:
