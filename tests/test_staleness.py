@@ -99,6 +99,7 @@ def keeps(bits: Any = 8, **settings: Any):
   return formats.BlockInt(bits, rounding='stochastic', **settings)
 
 
+FAST = formats.BlockInt(8, map='sqrt_log')  # of averages with a small decay
 FP8 = formats.Float8(rounding='stochastic')
 ADAMW = (optax_mp.adamw_8bit, optax.adamw)
 COAT = (optax_mp.coat_adamw, optax.adamw)
@@ -224,7 +225,7 @@ def test_momenta_follow(name):
 
 def test_momenta_with_a_small_decay_may_be_rounded_to_nearest():
   """With the largest decay at which recipes do so."""
-  row = Row(*ADAMW, 'mu', formats.BlockInt(8), {'b1': 0.94})
+  row = Row(*ADAMW, 'mu', FAST, {'b1': 0.94})
   check(row, STEADY, octaves_of_means)
 
 
@@ -232,7 +233,8 @@ def test_momenta_with_a_small_decay_may_be_rounded_to_nearest():
 def test_momenta_stop_near_gradients_without_noise(target):
   """Derived: where (1 - b1) times what is missing is less than half a code.
 
-  A code n is (n / 127)^2 of the largest, and to the next one it is 2 n + 1.
+  A code n is ((n - 10) / 117)^2 of the largest: the squares of whole numbers m,
+  from one of which to the next one it is 2 m + 1.
   """
   shape, b1 = (8, 128), 0.9
   tx = optax_mp.adamw_8bit(0.0, b1=b1, min_size=0)
@@ -245,11 +247,11 @@ def test_momenta_stop_near_gradients_without_noise(target):
   run = jax.jit(lambda state: jax.lax.scan(step, state, jnp.arange(400))[0])
   stored = optax.tree.get(run(tx.init(params)), 'mu')
   like = jax.ShapeDtypeStruct(shape, jnp.float32)
-  momenta = np.asarray(formats.BlockInt(8).decode(stored, like), np.float64)
-  codes = 127 * np.sqrt(momenta)
+  momenta = np.asarray(FAST.decode(stored, like), np.float64)
+  roots = 117 * np.sqrt(momenta)
   missing = np.abs(momenta - np.where(fell, target, 1.0))
   # The scale is that of the largest, which is 1 but for its own rounding.
-  assert np.all(missing <= 1.01 * (2 * codes + 1) / 127**2 / 2 / (1 - b1))
+  assert np.all(missing <= 1.01 * (2 * roots + 1) / 117**2 / 2 / (1 - b1))
 
 
 NEAREST = {
