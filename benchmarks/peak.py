@@ -105,7 +105,8 @@ def compile_demo(
 def measure(model: str, name: str, target: str) -> dict[str, Any]:
   """The report of one step, and its bytes per parameter."""
   in_backward = name.endswith(IN_BACKWARD)
-  contender = CONTENDERS[name.split(IN_BACKWARD)[0].split(', recomputed')[0]]
+  base = name.removesuffix(IN_BACKWARD).removesuffix(', recomputed')
+  contender = CONTENDERS[base]
   if model == 'demo':
     recompute = name == RECOMPUTED
     compiled = compile_demo(contender, target, in_backward, recompute)

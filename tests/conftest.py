@@ -7,6 +7,7 @@ os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=8'
 
 import jax  # noqa: E402, which reads them
+from jax.sharding import AxisType  # noqa: E402
 import pytest  # noqa: E402
 
 
@@ -18,3 +19,13 @@ def strict():
     jax.numpy_rank_promotion('raise'),
   ):
     yield
+
+
+@pytest.fixture(params=[AxisType.Auto, AxisType.Explicit], ids=str)
+def mesh(request):
+  """All devices along one axis, of either type, set."""
+  if jax.device_count() < 8:
+    pytest.skip('needs 8 devices')
+  mesh = jax.make_mesh((8,), ('d',), axis_types=(request.param,))
+  with jax.set_mesh(mesh):
+    yield mesh

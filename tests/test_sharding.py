@@ -7,7 +7,6 @@ import re
 import chex
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
@@ -77,15 +76,6 @@ def on_one_device(name):
   state, step = tx.init(params), make_step(tx)
   params, _, state = step(params, state, host_tree(1))
   return step(params, state, host_tree(2))
-
-
-@pytest.fixture(params=[AxisType.Auto, AxisType.Explicit], ids=str)
-def mesh(request):
-  if jax.device_count() < 8:
-    pytest.skip('needs 8 devices')
-  mesh = jax.make_mesh((8,), ('d',), axis_types=(request.param,))
-  with jax.set_mesh(mesh):
-    yield mesh
 
 
 def assert_like_params(state, params):

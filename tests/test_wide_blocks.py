@@ -74,3 +74,16 @@ def test_squares_alone_jump(exact):
   largest, rms = steps(optax_mp.compressed(optax.adamw(**ARGS), rule))
   assert rms[-1] > 10 * exact[1][-1]
   assert largest[-1] > 100 * exact[0][-1]
+
+
+def test_four_bits_jump_as_their_docstring_says(exact):
+  """Claim: steps of many learning rates, where gradients are 100 times smaller."""
+  largest, _ = steps(optax_mp.adamw_4bit(**ARGS))
+  assert largest[1] > 5 * exact[0][1]
+
+
+def test_slow_averages_jump_as_their_docstring_says():
+  """Claim: with a `b1` of 0.95 or more the codes are squares alone."""
+  slow = ARGS | {'b1': 0.95}
+  largest, _ = steps(optax_mp.adamw_8bit(**slow))
+  assert largest[-1] > 5 * steps(optax.adamw(**slow))[0][-1]

@@ -64,7 +64,10 @@ def adamw_8bit(
   may have any value, so all of the first moment is then rounded stochastically:
   name it in ``static_args``. With b2 above 0.999 and gradients with little
   noise the largest second moments of a block may be much too small: draws are
-  even over steps, and grids that change for some steps meet few of them.
+  even over steps, and grids that change for some steps meet few of them; nor do
+  gradients that come every so many steps, such as 55 or 89. First moments with
+  a b1 of 0.95 or more have no code between zero and 1 / 127^2 of the largest of
+  their block: beside it, much smaller ones take steps of many learning rates.
 
   References:
     Dettmers et al., `8-bit Optimizers via Block-wise Quantization

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar
 import optax
 
 from optax_mp import formats
+from optax_mp.formats import _maps
 from optax_mp.wrappers import _compressed
 from optax_mp.wrappers import compensated
 
@@ -90,7 +91,7 @@ def first_moment(
   if is_fast(*decays):
     below = max(math.floor(1 / (1 - max(0.0, decay))) for decay in decays)
     if settings.get('map') == 'sqrt_log':
-      below = max(below + 10, 16)  # its squares are of n - 10, from 16 on
+      below = max(below + _maps.SqrtLog.shift, _maps.SqrtLog.first)
   settings |= {'rounding': 'stochastic', 'stochastic_below': below}
   return formats.BlockInt(bits, **settings)
 

@@ -76,9 +76,8 @@ class BlockInt:
       all the same. An average with decay b that nothing is added to falls by
       half a code and more from code 1 / (1 - b) on ('sqrt', 'softsign',
       'linear'; 10 + 1 / (1 - b) for 'sqrt_log'); below, it would stand still if
-      it were rounded to nearest.
-      Towards a gradient that has no noise at all the larger ones stop half as
-      many codes away.
+      it were rounded to nearest. Towards a gradient that has no noise at all
+      the larger ones stop half as many codes away.
     keep_nonzero: whether unsigned values that are not zero never become zero,
       however small beside their block. The published formats let them: then
       Adam divides by nothing but eps. 'log' keeps them in any case, and 4 bits

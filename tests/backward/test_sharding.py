@@ -89,15 +89,6 @@ def on_one_device(name):
   return rest, stack, loss
 
 
-@pytest.fixture(params=[AxisType.Auto, AxisType.Explicit], ids=str)
-def mesh(request):
-  if jax.device_count() < 8:
-    pytest.skip('needs 8 devices')
-  mesh = jax.make_mesh((8,), ('d',), axis_types=(request.param,))
-  with jax.set_mesh(mesh):
-    yield mesh
-
-
 def placed(name, spec, mesh):
   """Arguments of the step, on the devices."""
   rest, stack, x = host(TXS[name][1])
