@@ -77,7 +77,7 @@ def test_squares_alone_jump(exact):
 
 
 def test_four_bits_jump_as_their_docstring_says(exact):
-  """Claim: steps of many learning rates, where gradients are 100 times smaller."""
+  """Claim: gradients 100 times smaller take steps of many learning rates."""
   largest, _ = steps(optax_mp.adamw_4bit(**ARGS))
   assert largest[1] > 5 * exact[0][1]
 
