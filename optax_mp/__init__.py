@@ -9,6 +9,7 @@ from optax_mp import backward as backward
 from optax_mp import checkpoint as checkpoint
 from optax_mp import formats as formats
 from optax_mp import memory as memory
+from optax_mp import optimizers as optimizers
 from optax_mp._recipes import adamw_4bit as adamw_4bit
 from optax_mp._recipes import adamw_4bit_factored as adamw_4bit_factored
 from optax_mp._recipes import adamw_8bit as adamw_8bit
@@ -21,6 +22,7 @@ from optax_mp._recipes import lion_bf16 as lion_bf16
 from optax_mp._recipes import muon_8bit as muon_8bit
 from optax_mp._recipes import sgdm_8bit as sgdm_8bit
 from optax_mp._recipes import sgdm_bf16 as sgdm_bf16
+from optax_mp.optimizers import came as came
 from optax_mp.wrappers import CompensatedState as CompensatedState
 from optax_mp.wrappers import CompressedState as CompressedState
 from optax_mp.wrappers import compensated as compensated
@@ -35,6 +37,7 @@ __all__ = (
   'adamw_bf16',
   'ademamix_8bit',
   'backward',
+  'came',
   'checkpoint',
   'coat_adamw',
   'compensated',
@@ -45,6 +48,7 @@ __all__ = (
   'lion_bf16',
   'memory',
   'muon_8bit',
+  'optimizers',
   'sgdm_8bit',
   'sgdm_bf16',
 )

@@ -48,6 +48,16 @@ def test_imports_point_down(path):
     assert ours <= ALLOWED[_part(path)] | {_part(path)}
 
 
+PAPERS = sorted((PACKAGE / 'optimizers').glob('_[a-z]*.py'))
+
+
+@pytest.mark.parametrize('path', PAPERS, ids=lambda p: p.name)
+def test_no_paper_imports_another(path):
+  """Mathematics that two of them share is in `_core`."""
+  ours = [n for n in _imports(path) if n.startswith('optax_mp.optimizers')]
+  assert all(n.startswith('optax_mp.optimizers._core.') for n in ours)
+
+
 @pytest.mark.parametrize('path', FILES, ids=lambda p: p.name)
 def test_the_package_needs_jax_optax_and_chex_only(path):
   packages = {name.split('.')[0] for name in _imports(path)}

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mathematics that several papers share; their files import nothing else."""

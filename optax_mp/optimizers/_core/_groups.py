@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which parameters a paper's method is for, and AdamW for the others."""
+
+from collections.abc import Callable
+import re
+from typing import Any
+
+import jax
+import optax
+
+from optax_mp.formats import _paths
+from optax_mp.optimizers._core import _trees
+
+Matrices = Any | Callable[[optax.Params], Any] | None
+
+# Whole names on a path: 'lm_head' is a head, 'MultiHeadAttention_0' is none.
+_OTHER = re.compile(
+  r'.*embed.*|wte|wpe|head|.*_head|.*norm.*|ln|ln_.*|bias|scale', re.IGNORECASE
+)
+
+
+def hidden_matrices(params: optax.Params) -> Any:
+  """The weights that low-rank methods are for, as their papers use them.
+
+  Args:
+    params: a pytree of arrays, or of shapes.
+
+  Returns:
+    A tree of bools: True for leaves with two or more axes, unless a name on
+    their path is that of an embedding (``*embed*``, ``wte``, ``wpe``), a head
+    (``head``, ``*_head``), a norm (``*norm*``, ``ln``, ``ln_*``, ``scale``) or
+    a ``bias``.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> from optax_mp import optimizers
+    >>> matrix = jnp.ones((8, 8))
+    >>> params = {'qkv': {'kernel': matrix}, 'lm_head': {'kernel': matrix}}
+    >>> optimizers.hidden_matrices(params)
+    {'lm_head': {'kernel': False}, 'qkv': {'kernel': True}}
+  """
+
+  def is_hidden(path, leaf):
+    names = _paths.path_str(path).split('/')
+    return len(leaf.shape) > 1 and not any(map(_OTHER.fullmatch, names))
+
+  return jax.tree_util.tree_map_with_path(is_hidden, params)
+
+
+def alias(
+  method: optax.GradientTransformation,
+  step: optax.GradientTransformation,
+  matrices: Matrices = None,
+  other: optax.GradientTransformation | None = None,
+  other_step: optax.GradientTransformation | None = None,
+) -> optax.GradientTransformationExtraArgs:
+  """A whole optimizer: a method for some leaves, and another one for the rest.
+
+  Args:
+    method: scales gradients.
+    step: decays weights and multiplies by the learning rate.
+    matrices: a tree of bools like the parameters, or a function from them to
+      one; None: ``method`` for all leaves.
+    other: what scales gradients of the rest.
+    other_step: and what makes steps of them; None: ``step``.
+
+  Returns:
+    A transformation, in float32 from gradient to update.
+  """
+  whole = optax.chain(method, step)
+  if matrices is None:
+    return _trees.in_float32(whole)
+  assert other is not None
+  rest = optax.chain(other, step if other_step is None else other_step)
+
+  def labels(params):
+    chosen = matrices(params) if callable(matrices) else matrices
+    return jax.tree.map(lambda x: 'matrices' if x else 'others', chosen)
+
+  return _trees.in_float32(
+    optax.partition({'matrices': whole, 'others': rest}, labels)
+  )
+
+
+def own(adam_learning_rate: Any, learning_rate: Any) -> Any:
+  """The learning rate of leaves that AdamW has: their own, if they have one."""
+  return learning_rate if adam_learning_rate is None else adam_learning_rate

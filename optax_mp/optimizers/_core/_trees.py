@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every optimizer does alike: float32 arithmetic, one leaf at a time.
+
+A state keeps trees like the parameters, a tree a field, as Optax's states do. A
+leaf may have any shape there, and where a field has nothing for a parameter it
+holds ``NOTHING``, which is no array.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import chex
+import jax
+from jax import lax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
+import optax
+
+from optax_mp.formats import _paths
+
+NOTHING = optax.MaskedNode()
+
+
+def in_float32(
+  inner: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+  """``inner`` on float32 gradients and parameters, whatever they come in.
+
+  Args:
+    inner: whose ``init`` makes float32 arrays for parameters of any dtype.
+
+  Returns:
+    The transformation; its updates have the dtype that gradient and parameter
+    promote to, as Optax's have.
+  """
+  inner = optax.with_extra_args_support(inner)
+
+  def update_fn(updates, state, params=None, **extra_args):
+    wide = None if params is None else optax.tree.cast(params, jnp.float32)
+    new_updates, state = inner.update(
+      optax.tree.cast(updates, jnp.float32), state, wide, **extra_args
+    )
+    params = updates if params is None else params
+    return jax.tree.map(_cast_like, new_updates, updates, params), state
+
+  return optax.GradientTransformationExtraArgs(inner.init, update_fn)
+
+
+def _cast_like(u: chex.Array, gradient: chex.Array, param: chex.Array):
+  with jax.numpy_dtype_promotion('standard'):
+    return u.astype(jnp.promote_types(gradient.dtype, param.dtype))
+
+
+def map_leaves(
+  fn: Callable[..., tuple[Any, ...]],
+  updates: optax.Updates,
+  state: Sequence[Any],
+  *others: Any,
+) -> tuple[Any, ...]:
+  """Applies ``fn(g, *parts, *more) -> (update, *new_parts)`` leaf by leaf.
+
+  Args:
+    fn: of one leaf; a part is what a tree of the state has at that leaf, an
+      array or any other pytree.
+    updates: gradients.
+    state: the trees of the state that ``fn`` takes and returns.
+    *others: trees that it takes only, such as parameters; None is None for all
+      leaves.
+
+  Returns:
+    The tree of updates, and those of ``state`` after this step.
+  """
+  leaves, treedef = jax.tree.flatten(updates)
+  if not leaves:  # a group of `optax.partition` may have none
+    return updates, *state
+  trees = [
+    [None] * len(leaves) if tree is None else treedef.flatten_up_to(tree)
+    for tree in (*state, *others)
+  ]
+  results = [fn(*parts) for parts in zip(leaves, *trees, strict=True)]
+  return tuple(treedef.unflatten(tree) for tree in zip(*results, strict=True))
+
+
+def zeros(p: chex.Array) -> chex.Array:
+  """Float32 zeros shaped like a parameter, and sharded like it."""
+  return jnp.zeros_like(p, dtype=jnp.float32)
+
+
+def zeros_along(p: chex.Array, axes: Sequence[int], *after: int) -> chex.Array:
+  """Float32 zeros along some axes of a parameter, and sharded like those.
+
+  Args:
+    p: the parameter.
+    axes: which of its axes, negative or not, in the order of the result.
+    *after: lengths of further axes, which are not sharded.
+
+  Returns:
+    An array of shape ``(*(p.shape[i] for i in axes), *after)``.
+  """
+  shape = (*(p.shape[i] for i in axes), *after)
+  sharding = getattr(jax.typeof(p), 'sharding', None)
+  if not isinstance(p, jax.core.Tracer):
+    sharding = getattr(p, 'sharding', None)
+  if not isinstance(sharding, NamedSharding) or sharding.mesh.empty:
+    return jnp.zeros(shape, jnp.float32)
+  specs = [*sharding.spec, *[None] * (p.ndim - len(sharding.spec))]
+  spec = PartitionSpec(*(specs[i] for i in axes), *[None] * len(after))
+  return jnp.zeros(
+    shape, jnp.float32, device=NamedSharding(sharding.mesh, spec)
+  )
+
+
+def check_params(params: optax.Params | None) -> None:
+  """Raises a ValueError where ``update`` was called without parameters."""
+  if params is None:
+    raise ValueError(
+      '`params` must be given to `update`, for weight decay or because steps '
+      'depend on them; got None. Call `update(gradients, state, params)`.'
+    )
+
+
+def stack_axes(p: chex.Array) -> range:
+  """The axes before the last two: each index of them has a matrix."""
+  return range(p.ndim - 2)
+
+
+def leaf_keys(
+  updates: optax.Updates,
+  rng_key: chex.PRNGKey,
+  index: chex.Numeric,
+  layer: chex.Array | None = None,
+) -> Any:
+  """A key for each leaf, for one draw.
+
+  By path, so that draws do not depend on what else is in the tree.
+
+  Args:
+    updates: the tree.
+    rng_key: of the state, (2,) uint32.
+    index: the number of the draw.
+    layer: in a step inside the backward pass, the number of a layer.
+
+  Returns:
+    A tree of typed keys.
+  """
+  key = jax.random.wrap_key_data(rng_key, impl='threefry2x32')
+  if layer is not None:
+    key = jax.random.fold_in(key, layer + 1)  # 0 is what is in no stack
+
+  def own(path, _):
+    own_key = jax.random.key_data(_paths.leaf_key(key, path))
+    own_key = jax.random.wrap_key_data(own_key, impl='threefry2x32')
+    return jax.random.fold_in(own_key, index)
+
+  return jax.tree_util.tree_map_with_path(own, updates)
+
+
+def raw_key(seed: int) -> chex.PRNGKey:
+  """What a state keeps of a seed: (2,) uint32, no typed key."""
+  return jax.random.key_data(jax.random.key(seed, impl='threefry2x32'))
+
+
+def refreshes(count: chex.Array, gap: int) -> chex.Array:
+  """Whether the step that follows ``count`` others makes a new projector."""
+  return lax.rem(count, jnp.int32(gap)) == 0
