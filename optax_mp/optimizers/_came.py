@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import chex
 import jax
+from jax import lax
 import jax.numpy as jnp
 import optax
 
@@ -49,14 +50,14 @@ def scale_by_came(
   """The confidence-guided update of :func:`came`, without its learning rate.
 
   Args:
-    b1: see :func:`came`.
-    b2: see there.
-    b3: see there.
-    eps1: see there.
-    eps2: see there.
-    clip_threshold: see there.
-    min_dim_size_to_factor: see there.
-    per_slice_clip: see there.
+    b1: for this and all others see :func:`came`.
+    b2: decay of the mean squares.
+    b3: decay of the disagreement.
+    eps1: added to squares of gradients.
+    eps2: added to squared disagreements.
+    clip_threshold: for the root mean square.
+    min_dim_size_to_factor: of the last two axes.
+    per_slice_clip: or over the whole leaf.
 
   Returns:
     A transformation.
@@ -108,7 +109,7 @@ def scale_by_came(
     u = _factored.normalized(g, row, col)
     u = _factored.clip_by_rms(u, clip_threshold, per_slice_clip)
     mu = _factored.decay(u, mu, b1)
-    away = jnp.square(u - mu) + eps2
+    away = jnp.square(jnp.subtract(u, mu)) + eps2
     res_row, res_col = _averaged(away, res_row, res_col, b3)
     damped = _factored.normalized(mu, res_row, res_col)
     return damped, mu, row, col, res_row, res_col
@@ -117,9 +118,9 @@ def scale_by_came(
     if not factored(g):
       return *whole(g, mu, nu), *[NOTHING] * 4
     ones = tuple(range(g.ndim - _ones(g.shape), g.ndim))
-    g, mu = jnp.squeeze(g, ones), jnp.squeeze(mu, ones)
+    g, mu = lax.squeeze(g, ones), lax.squeeze(mu, ones)
     u, mu, *factors = by_factors(g, mu, *factors)
-    u, mu = jnp.expand_dims(u, ones), jnp.expand_dims(mu, ones)
+    u, mu = lax.expand_dims(u, ones), lax.expand_dims(mu, ones)
     return u, mu, NOTHING, *factors
 
   def update_fn(updates, state, params=None):
@@ -217,24 +218,17 @@ def came(
     Luo et al., `CAME: Confidence-guided Adaptive Memory Efficient Optimization
     <https://arxiv.org/abs/2307.02047>`_, 2023
   """
-  scale = scale_by_came(
-    b1,
-    b2,
-    b3,
-    eps1,
-    eps2,
-    clip_threshold,
-    min_dim_size_to_factor=min_dim_size_to_factor,
-    per_slice_clip=per_slice_clip,
-  )
+  factored = {
+    'min_dim_size_to_factor': min_dim_size_to_factor,
+    'per_slice_clip': per_slice_clip,
+  }
+  own = _groups.own(adam_learning_rate, learning_rate)
   return _groups.alias(
-    scale,
+    scale_by_came(b1, b2, b3, eps1, eps2, clip_threshold, **factored),
     _adam.decay_before_step(learning_rate, weight_decay, mask),
     matrices,
     _adam.scale_by_adam(b1, b2),
-    _adam.decay_before_step(
-      _groups.own(adam_learning_rate, learning_rate), weight_decay, mask
-    ),
+    _adam.decay_before_step(own, weight_decay, mask),
   )
 
 

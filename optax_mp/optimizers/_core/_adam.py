@@ -87,7 +87,7 @@ def scale_by_adam(
 
   def update_fn(updates, state, params=None):
     del params
-    count = optax.safe_increment(state.count)
+    count = _trees.increment(state.count)
     t = count.astype(jnp.float32)
     # D = m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) is the other form with
     # eps multiplied by sqrt(1 - b2^t).
@@ -109,7 +109,7 @@ class DecayState(NamedTuple):
 
 
 def decay_after_step(
-  learning_rate: optax.ScalarOrSchedule, weight_decay: chex.Numeric, mask: Mask
+  learning_rate: optax.ScalarOrSchedule, weight_decay: Any, mask: Mask
 ) -> optax.GradientTransformation:
   r"""The learning rate, then weight decay of what the weights have become.
 
@@ -135,7 +135,7 @@ def decay_after_step(
     del params
     return DecayState(jnp.zeros((), jnp.int32))
 
-  def update_fn(updates, state, params):
+  def update_fn(updates, state, params=None):
     _trees.check_params(params)
     rate = learning_rate
     if callable(learning_rate):
@@ -143,7 +143,7 @@ def decay_after_step(
     updates = jax.tree.map(
       lambda d, w: d + weight_decay * (w - rate * d), updates, params
     )
-    return updates, DecayState(optax.safe_increment(state.count))
+    return updates, DecayState(_trees.increment(state.count))
 
   tx = optax.GradientTransformation(init_fn, update_fn)
   if mask is not None:
@@ -152,7 +152,7 @@ def decay_after_step(
 
 
 def decay_before_step(
-  learning_rate: optax.ScalarOrSchedule, weight_decay: chex.Numeric, mask: Mask
+  learning_rate: optax.ScalarOrSchedule, weight_decay: Any, mask: Mask
 ) -> optax.GradientTransformation:
   """AdamW's weight decay, then the learning rate.
 

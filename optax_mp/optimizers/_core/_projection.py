@@ -146,4 +146,4 @@ def scatter(
 
 
 def _expanded(indices: chex.Array, axis: int) -> chex.Array:
-  return indices[..., :, None] if axis == -2 else indices[..., None, :]
+  return jnp.expand_dims(indices, -1 if axis == -2 else -2)

@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 import optax
 
+from optax_mp.formats import _layout
 from optax_mp.formats import _paths
 
 NOTHING = optax.MaskedNode()
@@ -32,9 +33,13 @@ def in_float32(
 
   Returns:
     The transformation; its updates have the dtype that gradient and parameter
-    promote to, as Optax's have.
+    promote to, as Optax's have, and its state lies where the parameters lie.
   """
   inner = optax.with_extra_args_support(inner)
+
+  @jax.jit  # which else may put zeros on one device
+  def init_fn(params):
+    return _layout.lay_out(inner.init(params), params)
 
   def update_fn(updates, state, params=None, **extra_args):
     wide = None if params is None else optax.tree.cast(params, jnp.float32)
@@ -44,7 +49,7 @@ def in_float32(
     params = updates if params is None else params
     return jax.tree.map(_cast_like, new_updates, updates, params), state
 
-  return optax.GradientTransformationExtraArgs(inner.init, update_fn)
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def _cast_like(u: chex.Array, gradient: chex.Array, param: chex.Array):
@@ -99,9 +104,8 @@ def zeros_along(p: chex.Array, axes: Sequence[int], *after: int) -> chex.Array:
     An array of shape ``(*(p.shape[i] for i in axes), *after)``.
   """
   shape = (*(p.shape[i] for i in axes), *after)
-  sharding = getattr(jax.typeof(p), 'sharding', None)
-  if not isinstance(p, jax.core.Tracer):
-    sharding = getattr(p, 'sharding', None)
+  # Of an array, or of a tracer on a mesh with explicit axes.
+  sharding = getattr(p, 'sharding', getattr(jax.typeof(p), 'sharding', None))
   if not isinstance(sharding, NamedSharding) or sharding.mesh.empty:
     return jnp.zeros(shape, jnp.float32)
   specs = [*sharding.spec, *[None] * (p.ndim - len(sharding.spec))]
@@ -154,6 +158,11 @@ def leaf_keys(
     return jax.random.fold_in(own_key, index)
 
   return jax.tree_util.tree_map_with_path(own, updates)
+
+
+def increment(count: chex.Array) -> chex.Array:
+  """One more, unless that overflows."""
+  return jnp.asarray(optax.safe_increment(count))
 
 
 def raw_key(seed: int) -> chex.PRNGKey:
