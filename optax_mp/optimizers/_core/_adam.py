@@ -51,9 +51,22 @@ def adam_form(
   Returns:
     D, M, V.
   """
+  n, mu, nu = normalized(x, mu, nu, b1, b2, eps)
+  return bias(step, b1, b2) * n, mu, nu
+
+
+def normalized(
+  x: chex.Array,
+  mu: chex.Array,
+  nu: chex.Array,
+  b1: chex.Numeric,
+  b2: chex.Numeric,
+  eps: chex.Numeric,
+) -> tuple[chex.Array, chex.Array, chex.Array]:
+  """The quotient M / (sqrt(V) + eps) of :func:`adam_form`; it, M, V."""
   mu = b1 * mu + (1 - b1) * x
   nu = b2 * nu + (1 - b2) * jnp.square(x)
-  return bias(step, b1, b2) * mu / (jnp.sqrt(nu) + eps), mu, nu
+  return mu / (jnp.sqrt(nu) + eps), mu, nu
 
 
 def bias(step: chex.Array, b1: chex.Numeric, b2: chex.Numeric) -> chex.Array:

@@ -17,6 +17,8 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from optax_mp.optimizers._core import _trees
+
 Projector = Literal['svd', 'random', 'topk', 'uniform']
 _EXACT = lax.Precision.HIGHEST  # a TPU or GPU would round to fewer bits
 
@@ -63,6 +65,8 @@ def rank_axis(shape: tuple[int, ...]) -> int:
 
 def svd_basis(g: chex.Array, rank: int) -> chex.Array:
   """The first singular vectors of the shorter side: orthonormal."""
+  whole = [*_trees.stack_axes(g), None, None]  # on every device
+  g = _trees.sharded_along(g, g, whole)
   u, _, vt = jnp.linalg.svd(g, full_matrices=False)
   rank = clamped(rank, g.shape)
   return vt[..., :rank, :] if is_tall(g.shape) else u[..., :rank]

@@ -115,6 +115,26 @@ def zeros_along(p: chex.Array, axes: Sequence[int], *after: int) -> chex.Array:
   )
 
 
+def sharded_along(
+  x: chex.Array, p: chex.Array, axes: Sequence[int | None]
+) -> chex.Array:
+  """``x`` with each axis sharded like one of ``p``, on an explicit mesh.
+
+  Some operations demand it there. Elsewhere the compiler decides.
+
+  Args:
+    x: an array.
+    p: another.
+    axes: for each axis of ``x`` one of ``p``, or None: not sharded.
+
+  Returns:
+    The array.
+  """
+  now, specs = jax.typeof(x).sharding.spec, jax.typeof(p).sharding.spec
+  wanted = PartitionSpec(*(None if i is None else specs[i] for i in axes))
+  return x if wanted == now else jax.sharding.reshard(x, wanted)
+
+
 def check_params(params: optax.Params | None) -> None:
   """Raises a ValueError where ``update`` was called without parameters."""
   if params is None:
