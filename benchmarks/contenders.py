@@ -10,6 +10,7 @@ import dataclasses
 import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 from optax import contrib
@@ -91,6 +92,39 @@ CONTENDERS = {
     contrib.ademamix, 'ademamix', jnp.float32
   ),
   'ademamix_8bit': _ours(optax_mp.ademamix_8bit, 'ademamix'),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Paper:
+  """An optimizer in float32, and where the search for its rate begins."""
+
+  make: Callable[..., optax.GradientTransformation]  # of a learning rate
+  learning_rate: float
+  share_of_steps: float = 1.0  # of those that AdamW trains for
+
+
+def _weights(params: Any) -> Any:
+  """Kernels and embeddings: in a stack, norms and biases have two axes, too."""
+
+  def is_weight(path, _):
+    return path[-1].key in ('kernel', 'embedding', 'w')
+
+  return jax.tree.map_with_path(is_weight, params)
+
+
+# A quarter of the width of `quality.py`'s GPT.
+_RANK = {'rank': 32}
+
+
+def _paper(make: Callable[..., Any], rate: float, **settings: Any) -> Paper:
+  return Paper(functools.partial(make, **settings), rate)
+
+
+# What `papers.py` trains, all with their defaults but for the rank.
+PAPERS = {
+  'optax.adamw': Paper(optax.adamw, 2e-3),
+  'came': _paper(optax_mp.came, 1e-3, matrices=_weights, per_slice_clip=True),
 }
 
 

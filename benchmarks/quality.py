@@ -125,6 +125,11 @@ def final_loss(
   return validation
 
 
+def kept(config: train_gpt.Config) -> dict[str, Any]:
+  """What of a config is the same for all contenders and seeds."""
+  return {k: v for k, v in vars(config).items() if k not in _NOT_USED}
+
+
 def told(
   config: train_gpt.Config,
   studied: dict[str, Family],
@@ -147,7 +152,7 @@ def told(
       'standard_error': gap.standard_error,
     }
   return {
-    'config': {k: v for k, v in vars(config).items() if k not in _NOT_USED},
+    'config': kept(config),
     'families': {k: dataclasses.asdict(v) for k, v in studied.items()},
     'num_params': num_params,
     'seeds': list(range(max(map(len, losses.values()), default=0))),

@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Papers' optimizers against AdamW, each at a learning rate of its own.
+
+  python benchmarks/papers.py [--seeds 10] [--steps 1000] [--processes 2]
+    [--only NAME ...]
+
+Trains the GPT of `examples/train_gpt.py` in float32 with every optimizer of
+`contenders.PAPERS`. But for the learning rate and what a model of this width
+asks for (the rank), all have the defaults of their papers' codes. The rate is
+searched for on a grid of three a decade, from the row's on towards lower losses
+until those on both sides of the best are worse, on seeds that the comparison
+does not use. Then each trains at its best rate, from the same weights and on
+the same batches as AdamW, whose own rate was found in the same way.
+
+Two hours on two cores of a CPU. `papers.json` has every loss of every search;
+it is written after each row, and the same command goes on from there.
+"""
+
+import argparse
+from collections.abc import Callable
+from concurrent import futures
+import dataclasses
+import functools
+import multiprocessing
+import pathlib
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from matplotlib import figure
+import numpy as np
+import optax
+from rich import progress
+
+from contenders import PAPERS
+from contenders import Paper
+from optax_mp import memory
+import quality
+import results
+
+sys.path.append(str(pathlib.Path(__file__).parents[1] / 'examples'))
+
+import train_gpt
+
+REFERENCE = 'optax.adamw'
+TUNING_SEEDS = (1000, 1001)
+RATES_A_DECADE = 3
+MOST = 9  # rates that a search may try
+LARGE = (4096, 4096)  # whose state the bytes are of
+
+
+def rate_at(paper: Paper, step: int) -> float:
+  """The learning rate so many steps of the grid above the row's."""
+  return float(f'{paper.learning_rate * 10 ** (step / RATES_A_DECADE):.3g}')
+
+
+def search(
+  loss_at: Callable[[int], float], most: int = MOST
+) -> dict[int, float]:
+  """Goes down a grid until the best has worse ones on both sides.
+
+  Args:
+    loss_at: of a position on the grid; infinite where training diverged.
+    most: how many positions may be tried.
+
+  Returns:
+    The losses of all that were, by position; 0 is the first.
+  """
+  found = {0: loss_at(0)}
+  while len(found) < most:
+    best = min(found, key=lambda step: (found[step], abs(step)))
+    todo = [step for step in (best - 1, best + 1) if step not in found]
+    if not todo:
+      break
+    found[todo[0]] = loss_at(todo[0])
+  return found
+
+
+def scaled(
+  config: train_gpt.Config, paper: Paper
+) -> optax.GradientTransformationExtraArgs:
+  """The optimizer, its learning rate a number in its state.
+
+  So that one program serves all rates.
+  """
+
+  def make(rate):
+    def with_schedule(schedule):
+      return paper.make(lambda count: rate * schedule(count))
+
+    return train_gpt.scheduled(config, with_schedule)
+
+  return optax.inject_hyperparams(make)(rate=1.0)
+
+
+def build(config: train_gpt.Config, paper: Paper) -> train_gpt.Setup:
+  """Compiles the step for all rates and seeds."""
+  config = dataclasses.replace(config, learning_rate=1.0)
+  return train_gpt.setup(config, scaled(config, paper), jnp.float32)
+
+
+def final_loss(
+  config: train_gpt.Config, built: train_gpt.Setup, seed: int, rate: float
+) -> float:
+  """Trains once; the last validation loss, infinite if it is no number."""
+
+  def create():
+    state = built.create(seed)
+    rate_array = jnp.asarray(rate, jnp.float32)
+    opt_state = optax.tree.set(state.opt_state, rate=rate_array)
+    return state._replace(opt_state=opt_state)
+
+  validation = None
+  config = dataclasses.replace(config, seed=seed)
+  for record in train_gpt.train(config, built._replace(create=create)):
+    if not np.isfinite(record.loss):
+      return float('inf')
+    validation = record.validation
+  assert validation is not None, 'the last step validates'
+  return validation
+
+
+def studied(name: str, config: train_gpt.Config, seeds: int) -> dict[str, Any]:
+  """Searches for the rate, then trains with every seed."""
+  paper = PAPERS[name]
+  steps = int(config.steps * paper.share_of_steps)
+  config = dataclasses.replace(config, steps=steps, validate_every=steps)
+  built = build(config, paper)
+  loss = functools.partial(final_loss, config, built)
+
+  def mean_at(step):
+    rate = rate_at(paper, step)
+    return float(np.mean([loss(seed, rate) for seed in TUNING_SEEDS]))
+
+  tried = search(mean_at)
+  best = min(tried, key=lambda step: tried[step])
+  rate = rate_at(paper, best)
+  return {
+    'search': {
+      str(rate_at(paper, step)): tried[step] for step in sorted(tried)
+    },
+    'bracketed': best - 1 in tried and best + 1 in tried,
+    'learning_rate': rate,
+    'steps': steps,
+    'losses': [loss(seed, rate) for seed in range(seeds)],
+    'bytes': state_bytes(
+      paper, {'w': jax.ShapeDtypeStruct(LARGE, jnp.float32)}
+    ),
+    'bytes_of_model': state_bytes(paper, built.shapes.params),
+  }
+
+
+def state_bytes(paper: Paper, params: Any) -> float:
+  """What the state takes, per parameter."""
+  plan = memory.plan(paper.make(1.0), params, gradients=None)
+  return plan.bytes_per_param - 4
+
+
+def told(
+  config: train_gpt.Config, rows: dict[str, dict[str, Any]], seeds: int
+) -> dict[str, Any]:
+  """All that is written down, gaps to AdamW included."""
+  ordered = {}
+  for name in PAPERS:
+    if name not in rows:
+      continue
+    own = dict(rows[name])
+    if REFERENCE in rows:
+      reference = rows[REFERENCE]['losses']
+      gap = quality.paired_gap(own['losses'], reference)
+      own |= {'gap': gap.mean, 'standard_error': gap.standard_error}
+    ordered[name] = own | {'mean': float(np.mean(own['losses']))}
+  return {
+    'config': quality.kept(config),
+    'seeds': list(range(seeds)),
+    'tuning_seeds': list(TUNING_SEEDS),
+    'contenders': ordered,
+  }
+
+
+def draw(result: dict[str, Any]) -> figure.Figure:
+  """Gaps to AdamW over the bytes of the state."""
+  rows = {k: v for k, v in result['contenders'].items() if 'gap' in v}
+  drawn = figure.Figure(
+    figsize=(7, 1.2 + 0.35 * len(rows)), layout='constrained'
+  )
+  axes = drawn.subplots()
+  axes.axvline(0, color='black', linewidth=0.8)
+  axes.errorbar(
+    [row['gap'] for row in rows.values()],
+    [f'{name}, {row["bytes"]:.2f} B' for name, row in rows.items()],
+    xerr=[row['standard_error'] for row in rows.values()],
+    fmt='o',
+    capsize=4,
+  )
+  axes.invert_yaxis()
+  axes.set(
+    xlabel='validation loss minus that of AdamW, each at its best rate\n'
+    '(nats per byte; mean and standard error over seeds; bytes of state per '
+    'parameter)'
+  )
+  return drawn
+
+
+def parse_arguments() -> argparse.Namespace:
+  """Reads the flags."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+  )
+  parser.add_argument('--seeds', type=int, default=10)
+  parser.add_argument('--steps', type=int, default=quality.CONFIG.steps)
+  parser.add_argument('--processes', type=int, default=1)
+  parser.add_argument('--only', action='append', choices=PAPERS)
+  parser.add_argument('--out', type=pathlib.Path, default=results.FOLDER)
+  arguments = parser.parse_args()
+  if arguments.seeds < 3:
+    parser.error('`--seeds` must be 3 or more, for a standard error.')
+  return arguments
+
+
+def main() -> None:
+  """Runs the rows that are not there yet, or those asked for."""
+  arguments = parse_arguments()
+  config = dataclasses.replace(quality.CONFIG, steps=arguments.steps)
+  conditions = told(config, {}, arguments.seeds)
+  try:
+    before = results.load('papers', arguments.out)
+  except FileNotFoundError:
+    before = {'contenders': {}}
+  if any(before.get(key) != conditions[key] for key in ('config', 'seeds')):
+    before = {'contenders': {}}
+  rows = {k: v for k, v in before['contenders'].items() if k in PAPERS}
+  todo = [
+    n for n in arguments.only or PAPERS if arguments.only or n not in rows
+  ]
+  # New processes: a device's memory is not to be set aside by the first.
+  pool = futures.ProcessPoolExecutor(
+    arguments.processes, multiprocessing.get_context('spawn')
+  )
+  with pool, progress.Progress() as bar:
+    task = bar.add_task('optimizers', total=len(todo))
+    running = {
+      pool.submit(studied, name, config, arguments.seeds): name for name in todo
+    }
+    for done in futures.as_completed(running):
+      rows[running[done]] = done.result()
+      result = told(config, rows, arguments.seeds)
+      results.save('papers', result, draw(result), arguments.out)
+      row = result['contenders'][running[done]]
+      bar.print(
+        f'{running[done]:28} {row["mean"]:.4f} at {row["learning_rate"]:g} of '
+        f'{len(row["search"])} rates, {row["bytes"]:.3f} B'
+      )
+      bar.advance(task)
+
+
+if __name__ == '__main__':
+  main()
