@@ -22,7 +22,10 @@ from optax_mp._recipes import lion_bf16 as lion_bf16
 from optax_mp._recipes import muon_8bit as muon_8bit
 from optax_mp._recipes import sgdm_8bit as sgdm_8bit
 from optax_mp._recipes import sgdm_bf16 as sgdm_bf16
+from optax_mp.optimizers import adalomo as adalomo
 from optax_mp.optimizers import came as came
+from optax_mp.optimizers import hfac as hfac
+from optax_mp.optimizers import lomo as lomo
 from optax_mp.wrappers import CompensatedState as CompensatedState
 from optax_mp.wrappers import CompressedState as CompressedState
 from optax_mp.wrappers import compensated as compensated
@@ -31,6 +34,7 @@ from optax_mp.wrappers import compressed as compressed
 __all__ = (
   'CompensatedState',
   'CompressedState',
+  'adalomo',
   'adamw_4bit',
   'adamw_4bit_factored',
   'adamw_8bit',
@@ -44,8 +48,10 @@ __all__ = (
   'compressed',
   'flash_adamw',
   'formats',
+  'hfac',
   'lion_8bit',
   'lion_bf16',
+  'lomo',
   'memory',
   'muon_8bit',
   'optimizers',

@@ -78,7 +78,7 @@ def scale_by_came(
   _checks.decays(b1=b1, b2=b2, b3=b3)
 
   def factored(p):
-    matrix = p.shape[: p.ndim - _ones(p.shape)]
+    matrix = p.shape[: p.ndim - _factored.trailing_ones(p.shape)]
     return _factored.is_factored(matrix, min_dim_size_to_factor)
 
   def init_fn(params):
@@ -88,10 +88,10 @@ def scale_by_came(
       )
 
     def rows(p):
-      return _factored.zero_rows(p, _ones(p.shape))
+      return _factored.zero_rows(p, _factored.trailing_ones(p.shape))
 
     def cols(p):
-      return _factored.zero_cols(p, _ones(p.shape))
+      return _factored.zero_cols(p, _factored.trailing_ones(p.shape))
 
     mu, nu = jax.tree.map(_trees.zeros, params), tree(_trees.zeros, False)
     return ScaleByCameState(
@@ -117,7 +117,7 @@ def scale_by_came(
   def leaf(g, mu, nu, *factors):
     if not factored(g):
       return *whole(g, mu, nu), *[NOTHING] * 4
-    ones = tuple(range(g.ndim - _ones(g.shape), g.ndim))
+    ones = tuple(range(g.ndim - _factored.trailing_ones(g.shape), g.ndim))
     g, mu = lax.squeeze(g, ones), lax.squeeze(mu, ones)
     u, mu, *factors = by_factors(g, mu, *factors)
     u, mu = lax.expand_dims(u, ones), lax.expand_dims(mu, ones)
@@ -236,14 +236,3 @@ def _averaged(x, row, col, b):
   """Moving averages of the means of rows and of columns."""
   row = _factored.decay(jnp.mean(x, axis=-1), row, b)
   return row, _factored.decay(jnp.mean(x, axis=-2), col, b)
-
-
-def _ones(shape: tuple[int, ...]) -> int:
-  """How many last axes have length 1 after two others: those of a 1x1 kernel.
-
-  In PyTorch's order of axes; (out, in, 1, 1) is the matrix (out, in).
-  """
-  count = 0
-  while count < len(shape) - 2 and shape[-1 - count] == 1:
-    count += 1
-  return count

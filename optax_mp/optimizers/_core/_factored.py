@@ -54,6 +54,22 @@ def rms(x: chex.Array, per_slice: bool = False) -> chex.Array:
   return jnp.sqrt(jnp.mean(jnp.square(x))) if x.size else jnp.zeros(())
 
 
+def rms_of_matrices(x: chex.Array) -> chex.Array:
+  """The root mean square of each matrix of a stack, or of a whole vector.
+
+  Args:
+    x: any shape; last axes of length 1 after two others do not count.
+
+  Returns:
+    An array that broadcasts against ``x``.
+  """
+  if not is_factored(x.shape):
+    return rms(x)
+  last = x.ndim - trailing_ones(x.shape)
+  square = jnp.mean(jnp.square(x), axis=(last - 2, last - 1), keepdims=True)
+  return jnp.sqrt(square)
+
+
 def clip_by_rms(
   u: chex.Array, threshold: chex.Numeric, per_slice: bool = False
 ) -> chex.Array:
@@ -85,3 +101,14 @@ def is_factored(shape: tuple[int, ...], min_dim_size: int = 1) -> bool:
   if len(shape) < 2 or not math.prod(shape):
     return False
   return min(shape[-2:]) >= min_dim_size
+
+
+def trailing_ones(shape: tuple[int, ...]) -> int:
+  """How many last axes have length 1 after two others: those of a 1x1 kernel.
+
+  In PyTorch's order of axes; (out, in, 1, 1) is the matrix (out, in).
+  """
+  count = 0
+  while count < len(shape) - 2 and shape[-1 - count] == 1:
+    count += 1
+  return count
