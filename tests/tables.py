@@ -3,6 +3,7 @@
 
 from collections.abc import Callable
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -532,4 +533,28 @@ RECIPES = {
   'sgdm_8bit': RecipeRow(optax_mp.sgdm_8bit, 6 + _SCALE, 1e-3),
   'muon_8bit': RecipeRow(optax_mp.muon_8bit, 6 + _SCALE),
   'ademamix_8bit': RecipeRow(optax_mp.ademamix_8bit, 8 + 3 * _SCALE, 1e-3),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class PaperRow:
+  """An optimizer of a paper, with settings for small matrices."""
+
+  make: Callable[..., Any]  # of a learning rate
+  lr: float  # at which it converges on the contracts' targets
+  # Bits of the state for a leaf of two axes or more, and for a vector.
+  bits: Callable[[tuple[int, ...]], float]
+  vector: int = 64  # of each value
+
+
+def _full(shape):
+  return 32 * math.prod(shape)
+
+
+PAPERS = {
+  'came': PaperRow(
+    functools.partial(optax_mp.came, weight_decay=1e-4),
+    1e-3,
+    lambda shape: _full(shape) + 64 * _rows_and_columns(*shape),
+  ),
 }

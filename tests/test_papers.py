@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every optimizer of a paper keeps to, alone and inside the wrappers."""
+
+import functools
+
+import chex
+from flax import nnx
+from flax import serialization
+from flax.training import train_state
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+import numpy as np
+import optax
+import pytest
+
+import optax_mp
+from optax_mp import backward
+from optax_mp import checkpoint
+from optax_mp import formats
+from optax_mp import memory
+import stacks
+import tables
+import test_contracts as contracts
+
+BF16 = jnp.bfloat16
+PAPERS = tables.PAPERS
+TARGETS = contracts.WITHOUT_VALLEY
+# Around them, and the dtype of the parameters.
+AROUND = {
+  'alone': lambda tx: tx,
+  'compressed': lambda tx: optax_mp.compressed(
+    tx, formats.BFloat16('stochastic'), min_size=0
+  ),
+  'both': tables.WRAPPERS['both'],
+}
+ALL = [(name, around) for name in PAPERS for around in AROUND]
+
+
+def make(name, around='alone', lr=None):
+  row = PAPERS[name]
+  return AROUND[around](row.make(row.lr if lr is None else lr))
+
+
+# Traced only.
+
+
+@pytest.mark.parametrize(('name', 'around'), ALL)
+def test_shapes_and_dtypes_are_stable(name, around):
+  """Through update, scan, cond and MultiSteps, with an unknown argument."""
+  params = contracts.small_tree(BF16, jnp.float16, jnp.float32)
+  tx = make(name, around)
+  several = optax.MultiSteps(make(name, around), every_k_schedule=2)
+
+  def body(carry, flip):
+    step = contracts.step_fn(tx, unexpected=1)
+    carry = jax.lax.cond(flip, lambda: step(*carry, params), lambda: carry)
+    return carry, None
+
+  def train(params, state, sums):
+    carry = jax.lax.scan(body, (params, state), jnp.arange(3) % 2 == 0)[0]
+    return carry, contracts.step_fn(several)(params, sums, params)[1]
+
+  before = jax.eval_shape(tx.init, params), jax.eval_shape(several.init, params)
+  (new_params, state), sums = jax.eval_shape(train, params, *before)
+  chex.assert_trees_all_equal_shapes_and_dtypes(new_params, params)
+  chex.assert_trees_all_equal_shapes_and_dtypes((state, sums), before)
+  assert contracts.avals(state) == contracts.avals(before[0])
+
+
+@pytest.mark.parametrize('shape', [(512, 256), (3, 64, 96), (384,)])
+@pytest.mark.parametrize('name', PAPERS)
+def test_bytes_are_as_documented(name, shape):
+  """kind: exact. Beside arrays as large as a side: counts, norms and keys."""
+  row, params = PAPERS[name], {'kernel': jax.ShapeDtypeStruct(shape, BF16)}
+  tx = make(name)
+  leaves = jax.tree.leaves(jax.eval_shape(tx.init, params))
+  small = sum(4 * x.size for x in leaves if x.size <= 3)
+  wanted = row.bits(shape) if len(shape) > 1 else row.vector * shape[0]
+  plan = memory.plan(tx, params, gradients=None)
+  size = params['kernel'].size
+  assert plan.total_bytes == 2 * size + wanted / 8 + small
+
+
+@pytest.mark.parametrize('name', PAPERS)
+def test_in_inject_hyperparams(name):
+  """Traced: nothing asks for the value of a learning rate."""
+  tx = optax.inject_hyperparams(
+    lambda lr: make(name, lr=lr), hyperparam_dtype=jnp.float32
+  )(lr=1e-2)
+  params = {'kernel': jnp.ones((4, 3), BF16)}
+  state = jax.eval_shape(tx.init, params)
+  carry = jax.eval_shape(contracts.step_fn(tx), params, state, params)
+  chex.assert_trees_all_equal_shapes_and_dtypes(carry, (params, state))
+
+
+# Run.
+
+
+@pytest.mark.parametrize('around', ['alone', 'both'])
+@pytest.mark.parametrize('name', PAPERS)
+def test_converges(name, around):
+  """kind: claim, the one of Optax's own tests."""
+  dtype = BF16 if around == 'both' else jnp.float32
+  _, exact, _ = contracts.minimize(make(name, around), dtype, TARGETS)
+  chex.assert_trees_all_close(
+    exact, contracts.optimum_of(TARGETS), **contracts.CLAIM
+  )
+
+
+@pytest.mark.parametrize('name', PAPERS)
+def test_schedule_equals_float_and_compiles_once(name):
+  ends = []
+  rate = PAPERS[name].lr
+  for lr in (rate, optax.constant_schedule(rate)):
+    params, _ = contracts.train(make(name, lr=lr), params_at_start(), steps=4)
+    ends.append(params)
+  # kind: derived. Two programs fuse differently.
+  chex.assert_trees_all_close(*ends, rtol=1e-5, atol=1e-6)
+
+
+def params_at_start(dtype=jnp.float32):
+  return contracts.small_tree(dtype)
+
+
+@pytest.mark.parametrize('name', PAPERS)
+def test_every_leaf_moves_with_its_state_in_8_bits(name):
+  """Whatever the fields are called; codes and keys are left alone."""
+  tx = optax_mp.compressed(
+    make(name), formats.BlockInt(8, rounding='stochastic'), min_size=0
+  )
+  params, _ = contracts.train(tx, params_at_start(), steps=2)
+  chex.assert_tree_all_finite(params)
+  for leaf, start in zip(
+    jax.tree.leaves(params), jax.tree.leaves(params_at_start()), strict=True
+  ):
+    assert np.any(leaf != start)
+
+
+@pytest.mark.parametrize('name', PAPERS)
+def test_zero_gradients_leave_weights_finite(name):
+  tx = make(name)
+  step = contracts.once(contracts.step_fn(tx))
+  params = {
+    'kernel': jnp.ones((5, 7)),
+    'head': jnp.ones((3, 1)),
+    'bias': jnp.ones((2,)),
+    'scale': jnp.ones(()),
+    'empty': jnp.ones((0, 4)),
+  }
+  carry = params, tx.init(params)
+  zeros = jax.tree.map(jnp.zeros_like, params)
+  for gradients in (zeros, params, zeros):
+    carry = step(*carry, gradients)
+    chex.assert_tree_all_finite(carry)
+
+
+@pytest.mark.parametrize('name', PAPERS)
+def test_apply_if_finite(name):
+  """A gradient that is not finite leaves no trace."""
+  tx = optax.apply_if_finite(make(name), 5)
+  step = contracts.once(contracts.step_fn(tx))
+  params = params_at_start()
+  good = contracts.gradients_of(params)
+  params, state = step(params, tx.init(params), good)
+  bad = {**good, 'kernel': good['kernel'].at[0, 0].set(jnp.nan)}
+  new_params, new_state = step(params, state, bad)
+  contracts.assert_same_bits(new_params, params)
+  contracts.assert_same_bits(new_state.inner_state, state.inner_state)
+
+
+@pytest.mark.parametrize('name', PAPERS)
+def test_partition_mask_and_map_params(name):
+  """Each group as if alone; an empty one is no error. kind: exact."""
+  params = {'kernel': jnp.ones((4, 3)), 'norm': jnp.ones((3,))}
+  tx = optax.partition(
+    {'paper': make(name), 'plain': optax.sgd(0.1), 'none': make(name)},
+    {'kernel': 'paper', 'norm': 'plain'},
+  )
+  gradients, state = contracts.gradients_of(params), tx.init(params)
+  updates, new_state = tx.update(gradients, state, params)
+  chex.assert_trees_all_equal_shapes_and_dtypes(new_state, state)
+  contracts.assert_alone(make(name), 'kernel', params, gradients, updates)
+  state = make(name).init(params)
+  mapped = optax.tree.map_params(make(name), lambda x: x, state)
+  contracts.assert_same_bits(mapped, state)
+
+
+@pytest.mark.parametrize('name', PAPERS)
+def test_flax(name):
+  """TrainState, nnx.Optimizer, and its state through a state dict."""
+  tx, params = make(name), {'kernel': jnp.ones((4, 3)), 'bias': jnp.ones((3,))}
+  state = train_state.TrainState.create(
+    apply_fn=lambda: None, params=params, tx=tx
+  )
+  stepped = jax.jit(lambda s: s.apply_gradients(grads=params))(state)
+  saved = serialization.to_state_dict(stepped.opt_state)
+  restored = serialization.from_state_dict(state.opt_state, saved)
+  contracts.assert_same_bits(restored, stepped.opt_state)
+  model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+  optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+  old = model.kernel[...]
+  optimizer.update(model, nnx.grad(lambda m: m(jnp.ones((2, 4))).sum())(model))
+  assert np.any(model.kernel[...] != old)
+
+
+@pytest.mark.parametrize('name', PAPERS)
+def test_inside_the_backward_pass(name):
+  """As a step of one layer at a time, weights exact in bfloat16 and 16 bits.
+
+  kind: derived, two programs.
+  """
+  rest, stack, batch = stacks.model(BF16)
+  tx = optax_mp.compensated(make(name))
+  init, plain = stacks.by_layer(tx)
+  fused = backward.fused_step(stacks.loss_fn, stacks.block_fn, tx)
+  state, other = fused.init(rest, stack), init((rest, stack))
+  params, step, plain = (rest, stack), jax.jit(fused), jax.jit(plain)
+  for _ in range(3):
+    rest, stack, state, loss = step(rest, stack, state, *batch)
+    params, other, expected = plain(params, other, *batch)
+    np.testing.assert_allclose(loss, expected, rtol=1e-3)
+  for ours, theirs, own, others in (
+    (rest, params[0], state.rest, other[0]),
+    (stack, params[1], state.stack, other[1]),
+  ):
+    chex.assert_trees_all_close(
+      checkpoint.to_float32(ours, own),
+      checkpoint.to_float32(theirs, others),
+      rtol=1e-3,
+      atol=1e-4,
+    )
+
+
+@pytest.mark.parametrize('name', PAPERS)
+def test_eight_devices_equal_one(name, mesh):
+  """kind: derived, sums in another order."""
+  rng = np.random.default_rng(0)
+  shapes = {'rows': (16, 6), 'columns': (6, 16), 'layers': (3, 16, 8)}
+  specs = {'rows': P('d'), 'columns': P(None, 'd'), 'layers': P(None, 'd')}
+  host = [
+    {k: rng.normal(size=s).astype(np.float32) for k, s in shapes.items()}
+    for _ in range(3)
+  ]
+
+  def put(tree):
+    return {
+      k: jax.device_put(x, NamedSharding(mesh, specs[k]))
+      for k, x in tree.items()
+    }
+
+  ends = []
+  for place in (functools.partial(jax.tree.map, jnp.asarray), put):
+    tx = make(name)
+    params, *gradients = map(place, host)
+    state, step = tx.init(params), jax.jit(contracts.step_fn(tx))
+    for g in gradients:
+      params, state = step(params, state, g)
+    for key, g in gradients[0].items():
+      assert params[key].sharding.is_equivalent_to(g.sharding, g.ndim)
+    ends.append(jax.tree.map(np.asarray, params))
+  chex.assert_trees_all_close(*ends, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('name', PAPERS)
+def test_vmap_over_layers(name):
+  tx, params = make(name), {'kernel': jnp.ones((4, 3))}
+  layers = jax.tree.map(lambda p: jnp.stack([p, 2 * p, 3 * p]), params)
+  stacked = jax.vmap(tx.init)(layers)
+  updates, new = jax.eval_shape(jax.vmap(tx.update), layers, stacked, layers)
+  chex.assert_trees_all_equal_shapes_and_dtypes(new, stacked)
+  chex.assert_trees_all_equal_shapes(updates, layers)
