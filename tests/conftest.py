@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every test runs on eight CPU devices; a warning is an error."""
+"""Every test runs on eight CPU devices; a warning is an error.
+
+With `TEST_PLATFORM=cuda` (or tpu) they run on what is there; those that need
+eight devices are skipped.
+"""
 
 import os
 
-os.environ['JAX_PLATFORMS'] = 'cpu'
+os.environ['JAX_PLATFORMS'] = os.environ.get('TEST_PLATFORM', 'cpu')
 os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=8'
 
 import jax  # noqa: E402, which reads them
