@@ -1,132 +1,140 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Moments along a few directions: what GaLore, Fira and APOLLO share.
+"""Adam along a few directions: what GaLore, Fira and APOLLO share.
 
-A matrix G (..., m, n) has a basis P for its shorter side, see ``_projection``,
-and Adam's moments of what P leaves of it, x. The moments have the shape of x
-and stay what they are when the basis is made anew.
+The moments stay what they are when the basis is made anew. The papers differ in
+the rule that makes a step of the whole matrix of the one in the subspace.
 """
 
-from collections.abc import Callable
-from typing import Any
+import functools
+from typing import Any, Protocol
 
 import chex
-import jax
 from jax import lax
 import jax.numpy as jnp
 import optax
 
 from optax_mp.optimizers._core import _adam
+from optax_mp.optimizers._core import _bases
+from optax_mp.optimizers._core import _checks
 from optax_mp.optimizers._core import _groups
 from optax_mp.optimizers._core import _projection
 from optax_mp.optimizers._core import _trees
 
-MakeBasis = Callable[[chex.Array, int], chex.Array]
-Projector = str | MakeBasis
+Betas = tuple[chex.Numeric, chex.Numeric, chex.Numeric]
 
 
-def is_projected(p: chex.Array) -> bool:
-  """True for matrices and stacks of them; other leaves have plain Adam."""
-  return len(p.shape) > 1 and p.size > 0
+class Rule(Protocol):
+  """What a paper makes of Adam's step in the subspace."""
+
+  def __call__(
+    self,
+    g: chex.Array,
+    x: chex.Array,
+    n: chex.Array,
+    basis: chex.Array,
+    norm: Any,
+  ) -> tuple[chex.Array, Any]:
+    """Returns the step of the whole, and the norm to store.
+
+    Args:
+      g: the gradient.
+      x: its projection.
+      n: Adam's step of x before bias is corrected, see ``_adam.normalized``.
+      basis: P.
+      norm: the stored one.
+    """
+    ...
 
 
-def zero_moments(params: optax.Params, rank: int) -> Any:
-  """A tree of moments: (..., m, r) for tall leaves, (..., r, n) for wide."""
-
-  def zeros(p):
-    if not is_projected(p):
-      return _trees.zeros(p)
-    long = p.ndim + _projection.long_axis(p.shape)
-    r = _projection.clamped(rank, p.shape)
-    moment = _trees.zeros_along(p, [*_trees.stack_axes(p), long], r)
-    if _projection.is_tall(p.shape):
-      return moment
-    return jnp.swapaxes(moment, -1, -2)
-
-  return jax.tree.map(zeros, params)
-
-
-def zero_bases(params: optax.Params, rank: int) -> Any:
-  """A tree of bases, ``NOTHING`` for leaves that are not projected."""
-
-  def zeros(p):
-    *_, rows, cols = _projection.basis_shape(p.shape, rank)
-    return _trees.zeros_along(p, _trees.stack_axes(p), rows, cols)
-
-  return _of_projected(params, zeros)
-
-
-def zero_norms(params: optax.Params) -> Any:
-  """A tree of norms, one for each matrix: (...)."""
-  return _of_projected(
-    params, lambda p: _trees.zeros_along(p, _trees.stack_axes(p))
-  )
-
-
-def nothing(params: optax.Params) -> Any:
-  """A tree of ``NOTHING``."""
-  return jax.tree.map(lambda _: _trees.NOTHING, params)
-
-
-def _of_projected(params, make):
-  return jax.tree.map(
-    lambda p: make(p) if is_projected(p) else _trees.NOTHING, params
-  )
-
-
-def check_projector(projector: Any, known: tuple[str, ...]) -> None:
-  """Raises a ValueError for what is neither a known name nor a function."""
-  if not callable(projector) and projector not in known:
-    raise ValueError(
-      f'`projector` must be {" or ".join(map(repr, known))}, or a function of '
-      f'(gradient, rank); got {projector!r}.'
-    )
-
-
-def make_basis(projector: Projector, g: chex.Array, rank: int) -> chex.Array:
-  """By the SVD of a gradient, or as a function of the user's says."""
-  if not callable(projector):
-    return basis_like(_projection.svd_basis(g, rank), g)
-  rank = _projection.clamped(rank, g.shape)
-  basis = jnp.asarray(projector(g, rank), jnp.float32)
-  wanted = _projection.basis_shape(g.shape, rank)
-  if basis.shape != wanted:
-    raise ValueError(
-      f'`projector` must return an array of shape {wanted} for a gradient of '
-      f'shape {g.shape} and rank {rank}; got {basis.shape}.'
-    )
-  return basis_like(basis, g)
-
-
-def refreshed(
-  due: chex.Array, make: Callable[[], chex.Array], basis: chex.Array
-) -> chex.Array:
-  """The basis, made anew on steps when that is due and on no other.
+def scale_by(
+  state_type: Any,
+  rule: Rule,
+  rank: int,
+  gap: int,
+  adam: Betas,
+  projector: _bases.Projector,
+  *,
+  stored: bool = True,
+  limited: bool = True,
+  seed: int = 0,
+) -> optax.GradientTransformationExtraArgs:
+  """The transformation of a paper.
 
   Args:
-    due: a bool that depends on the count alone. One that differs along an axis
-      of ``vmap`` would have the basis made on every step.
-    make: makes it.
-    basis: the stored one.
+    state_type: a NamedTuple with fields ``count``, ``mu``, ``nu`` and, if there
+      are any, ``rng_key``, ``basis`` and ``norm``.
+    rule: of leaves with two or more axes; others have Adam.
+    rank: of the subspace.
+    gap: steps that a basis lasts.
+    adam: b1, b2 and eps, in the form of ``_adam.adam_form``.
+    projector: makes bases.
+    stored: or the basis is made again each step.
+    limited: whether there are norms.
+    seed: of random bases.
 
   Returns:
-    The basis of this step.
+    The transformation.
+
+  Raises:
+    ValueError: for hyperparameters that cannot be.
   """
-  return lax.cond(due, make, lambda: basis)
+  b1, b2, eps = adam
+  _checks.whole(rank=rank, gap=gap)
+  _checks.decays(b1=b1, b2=b2)
+  _checks.positive(eps=eps)
+  draws = 'rng_key' in state_type._fields
+  _bases.check_projector(projector, ('random', 'svd') if draws else ('svd',))
 
+  def init_fn(params):
+    none = _bases.nothing(params)
+    fields = {
+      'count': jnp.zeros((), jnp.int32),
+      'rng_key': _trees.raw_key(seed),
+      'mu': _bases.zero_moments(params, rank),
+      'nu': _bases.zero_moments(params, rank),
+      'basis': _bases.zero_bases(params, rank) if stored else none,
+      'norm': _bases.zero_norms(params) if limited else none,
+    }
+    return state_type(**{name: fields[name] for name in state_type._fields})
 
-def basis_like(basis: chex.Array, g: chex.Array) -> chex.Array:
-  """Whole on every device, where an explicit mesh has G in parts."""
-  return _trees.sharded_along(basis, g, [*_trees.stack_axes(g), None, None])
+  def leaf(due, bias, g, mu, nu, basis, norm, key):
+    if not _bases.is_projected(g):
+      n, mu, nu = _adam.normalized(g, mu, nu, *adam)
+      return bias * n, mu, nu, basis, norm
 
+    def make():
+      return _bases.made(projector, g, rank, key)
 
-def back(x: chex.Array, basis: chex.Array, g: chex.Array) -> chex.Array:
-  """What x stands for, a matrix like G."""
-  u = _projection.back(x, basis, _projection.is_tall(g.shape))
-  return _trees.sharded_along(u, g, range(g.ndim))
+    own = _bases.refreshed(due, make, basis) if stored else make()
+    x = _projection.project(g, own)
+    n, mu, nu = _adam.normalized(x, mu, nu, *adam)
+    u, norm = rule(g, x, n, own, norm)
+    return bias * u, mu, nu, own if stored else basis, norm
+
+  def update_fn(updates, state, params=None, **extra_args):
+    del params
+    old, keys = state._asdict(), None
+    if draws:
+      index = lax.div(state.count, jnp.int32(gap))
+      layer = extra_args.get('layer')
+      keys = _trees.leaf_keys(updates, state.rng_key, index, layer)
+    count = _trees.increment(state.count)
+    due = _trees.refreshes(state.count, gap)
+    step = functools.partial(leaf, due, _adam.bias(count, b1, b2))
+    names = 'mu', 'nu', 'basis', 'norm'
+    none = _bases.nothing(updates)
+    trees = [old.get(name, none) for name in names]
+    updates, *trees = _trees.map_leaves(step, updates, trees, keys)
+    new = {**dict(zip(names, trees, strict=True)), 'count': count}
+    return updates, state._replace(**{k: new[k] for k in new if k in old})
+
+  return _trees.in_float32(
+    optax.GradientTransformationExtraArgs(init_fn, update_fn)
+  )
 
 
 def ratios(
-  n: chex.Array, x: chex.Array, axis: int | tuple[int, int]
+  n: chex.Array, x: chex.Array, shape: tuple[int, ...], each: bool = True
 ) -> chex.Array:
   r"""How much Adam scales what a gradient has along the directions.
 
@@ -134,25 +142,27 @@ def ratios(
     f = \|N\| / (\|x\| + 10^{-8})
 
   Args:
-    n: N, Adam's step without correction of bias.
+    n: N, Adam's step of x without correction of bias.
     x: what was projected.
-    axis: of the directions, for one factor for each row of a tall matrix or
-      column of a wide one; both, for one factor.
+    shape: of the gradient.
+    each: a factor for each row of a tall matrix, or column of a wide one; else
+      one for a matrix.
 
   Returns:
     An array that broadcasts with the gradient.
   """
-  return _norm(n, axis) / (_norm(x, axis) + 1e-8)
+  axis = _projection.rank_axis(shape) if each else (-2, -1)
 
+  def norm(x):
+    return jnp.sqrt(jnp.sum(jnp.square(x), axis=axis, keepdims=True))
 
-def _norm(x, axis):
-  return jnp.sqrt(jnp.sum(jnp.square(x), axis=axis, keepdims=True))
+  return norm(n) / (norm(x) + 1e-8)
 
 
 def alias(
   method: optax.GradientTransformation,
   learning_rate: optax.ScalarOrSchedule,
-  betas: tuple[chex.Numeric, chex.Numeric, chex.Numeric],
+  adam: Betas,
   weight_decay: Any,
   mask: _adam.Mask,
   matrices: _groups.Matrices,
@@ -163,7 +173,7 @@ def alias(
   Args:
     method: for ``matrices``.
     learning_rate: of those.
-    betas: b1, b2 and eps of Adam for other leaves.
+    adam: b1, b2 and eps for other leaves.
     weight_decay: of weights after the step, for all leaves.
     mask: what to decay.
     matrices: a tree of bools, a function or None.
@@ -177,6 +187,6 @@ def alias(
     method,
     _adam.decay_after_step(learning_rate, weight_decay, mask),
     matrices,
-    _adam.scale_by_adam(*betas, eps_first=True),
+    _adam.scale_by_adam(*adam, eps_first=True),
     _adam.decay_after_step(own, weight_decay, mask),
   )
