@@ -149,5 +149,18 @@ def scatter(
   return one(x, indices)
 
 
+def replace(
+  g: chex.Array, x: chex.Array, indices: chex.Array, axis: int
+) -> chex.Array:
+  """``g`` with the rows (``axis=-2``) or columns (-1) of those indices x."""
+
+  def one(g, x, indices):
+    return g.at[indices].set(x) if axis == -2 else g.at[:, indices].set(x)
+
+  for _ in g.shape[:-2]:
+    one = jax.vmap(one)
+  return one(g, x, indices)
+
+
 def _expanded(indices: chex.Array, axis: int) -> chex.Array:
   return jnp.expand_dims(indices, -1 if axis == -2 else -2)
