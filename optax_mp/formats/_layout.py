@@ -6,7 +6,8 @@ from typing import Any
 
 import chex
 import jax
-from jax.experimental import shard_alike
+from jax import lax
+import jax.numpy as jnp
 
 from optax_mp.formats import _base
 from optax_mp.formats import _paths
@@ -39,7 +40,12 @@ def lay_out(state: Any, params: Any) -> Any:
 
 
 def _lay_out(x: chex.Array, param: chex.Array) -> chex.Array:
-  """``x``, sharded like ``param`` if it has its shape."""
+  """``x``, sharded like ``param`` if it has its shape.
+
+  The compiler lays out what is chosen from like what it is chosen from. That
+  ``param`` is never chosen it must not know before.
+  """
   if x.shape != param.shape:
     return x
-  return shard_alike.shard_alike(param, x)[1]
+  never = lax.optimization_barrier(jnp.zeros((), jnp.bool))
+  return lax.select(never, lax.convert_element_type(param, x.dtype), x)
