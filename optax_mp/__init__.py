@@ -22,10 +22,23 @@ from optax_mp._recipes import lion_bf16 as lion_bf16
 from optax_mp._recipes import muon_8bit as muon_8bit
 from optax_mp._recipes import sgdm_8bit as sgdm_8bit
 from optax_mp._recipes import sgdm_bf16 as sgdm_bf16
+from optax_mp.optimizers import adagrad_sn as adagrad_sn
+from optax_mp.optimizers import adagrad_snsm as adagrad_snsm
 from optax_mp.optimizers import adalomo as adalomo
+from optax_mp.optimizers import adam_mini as adam_mini
+from optax_mp.optimizers import adamw_sm as adamw_sm
+from optax_mp.optimizers import adamw_sn as adamw_sn
+from optax_mp.optimizers import adamw_snsm as adamw_snsm
+from optax_mp.optimizers import apollo as apollo
+from optax_mp.optimizers import apollo_mini as apollo_mini
 from optax_mp.optimizers import came as came
+from optax_mp.optimizers import fira as fira
+from optax_mp.optimizers import galore as galore
+from optax_mp.optimizers import grass as grass
 from optax_mp.optimizers import hfac as hfac
 from optax_mp.optimizers import lomo as lomo
+from optax_mp.optimizers import rmsprop_sn as rmsprop_sn
+from optax_mp.optimizers import sgd_sm as sgd_sm
 from optax_mp.wrappers import CompensatedState as CompensatedState
 from optax_mp.wrappers import CompressedState as CompressedState
 from optax_mp.wrappers import compensated as compensated
@@ -34,20 +47,31 @@ from optax_mp.wrappers import compressed as compressed
 __all__ = (
   'CompensatedState',
   'CompressedState',
+  'adagrad_sn',
+  'adagrad_snsm',
   'adalomo',
+  'adam_mini',
   'adamw_4bit',
   'adamw_4bit_factored',
   'adamw_8bit',
   'adamw_bf16',
+  'adamw_sm',
+  'adamw_sn',
+  'adamw_snsm',
   'ademamix_8bit',
+  'apollo',
+  'apollo_mini',
   'backward',
   'came',
   'checkpoint',
   'coat_adamw',
   'compensated',
   'compressed',
+  'fira',
   'flash_adamw',
   'formats',
+  'galore',
+  'grass',
   'hfac',
   'lion_8bit',
   'lion_bf16',
@@ -55,6 +79,8 @@ __all__ = (
   'memory',
   'muon_8bit',
   'optimizers',
+  'rmsprop_sn',
+  'sgd_sm',
   'sgdm_8bit',
   'sgdm_bf16',
 )
