@@ -6,6 +6,7 @@ drawn independently with probabilities q, rho = (r q)^(-1/2) makes the projector
 P, back and forth, the identity on average.
 """
 
+import functools
 from typing import Any, Literal, NamedTuple
 
 import chex
@@ -14,6 +15,7 @@ from jax import lax
 import jax.numpy as jnp
 
 from optax_mp.optimizers._core import _checks
+from optax_mp.optimizers._core import _mesh
 from optax_mp.optimizers._core import _projection
 from optax_mp.optimizers._core import _trees
 
@@ -69,7 +71,15 @@ class Rows(NamedTuple):
 
     def one(g, key):
       axis = self.along(g)
-      return choose(g, self.rank, axis, self.rule, self.replacement, key)
+      own = functools.partial(
+        choose,
+        rank=self.rank,
+        axis=axis,
+        rule=self.rule,
+        replacement=self.replacement,
+      )
+      axes = (*_trees.stack_axes(g), None)
+      return _mesh.automatic(own, g, key, like=g, axes=[axes, axes])
 
     pairs = of_matrices(one, updates, keys)
     indices = of_matrices(lambda _, pair: pair[0], updates, pairs)
@@ -79,7 +89,10 @@ class Rows(NamedTuple):
     """Rows of a tree, multiplied by rho if it is given."""
 
     def one(g, indices):
-      return _projection.select(g, indices, self.along(g))
+      axis = self.along(g)
+      own = functools.partial(_projection.select, axis=axis)
+      axes = [None if i == g.ndim + axis else i for i in range(g.ndim)]
+      return _mesh.automatic(own, g, indices, like=g, axes=tuple(axes))
 
     x = of_matrices(one, tree, indices)
     return x if rho is None else self._scaled(tree, x, rho)
@@ -88,7 +101,11 @@ class Rows(NamedTuple):
     """Matrices with rows x rho, those with equal indices added, else zero."""
 
     def one(g, x, indices):
-      return _projection.scatter(x, indices, self.along(g), g.shape)
+      own = functools.partial(
+        _projection.scatter, axis=self.along(g), shape=g.shape
+      )
+      axes = tuple(range(g.ndim))
+      return _mesh.automatic(own, x, indices, like=g, axes=axes)
 
     return of_matrices(one, like, self._scaled(like, x, rho), indices)
 
@@ -130,23 +147,23 @@ def merged(like: Any, matrices: Any, others: Any) -> Any:
 
 def choose(
   g: chex.Array,
+  key: chex.PRNGKey,
   rank: int,
   axis: int,
   rule: Rule,
   replacement: bool,
-  key: chex.PRNGKey,
 ) -> tuple[chex.Array, chex.Array]:
   """A choice for each matrix of a stack.
 
   Args:
     g: gradients (..., m, n).
+    key: for a draw.
     rank: how many; at most the length of the axis.
     axis: -2 for rows, -1 for columns.
     rule: ``'topr'``: of largest norm, of equal ones the first; or drawn with
       probabilities in proportion to norms, all equal where all norms are 0; or
       with equal ones.
     replacement: whether each is drawn from all; else all differ.
-    key: for a draw.
 
   Returns:
     indices (..., r), int32, and rho (..., r), float32.
