@@ -91,7 +91,7 @@ def scale_by_hfac(
     del params
     count = _trees.increment(state.count)
     decays = _corrected(b1, count), _corrected(b2, count)
-    own_eps = adam_eps * jnp.sqrt(1 - jnp.power(b2, count.astype(jnp.float32)))
+    own_eps = adam_eps * jnp.sqrt(_adam.weight(count, b2))
 
     def leaf(g, mu, nu, *factors):
       if not _is_matrix(g):
@@ -224,13 +224,8 @@ def _by_factors(g, factors, decays, eps, threshold):
 
 
 def _corrected(b: chex.Numeric, step: chex.Array) -> chex.Array:
-  """B (1 - b^(t-1)) / (1 - b^t), which is 0 at t = 1.
-
-  As 1 - (1 - b) / (1 - b^t), without the difference of numbers near 1.
-  """
-  gap = 1.0 - b
-  t = step.astype(jnp.float32)
-  share = -gap / jnp.expm1(t * jnp.log1p(-gap))
+  """b (1 - b^(t-1)) / (1 - b^t), which is 0 at t = 1."""
+  share = (1.0 - b) / _adam.weight(step, b)
   return jnp.where(step > 1, 1.0 - share, 0.0)
 
 

@@ -79,7 +79,8 @@ def lomo(
   ``fused_step`` has arguments of its own for the norm, two passes or the last
   step's, and for float16's scale: leave ``loss_scale`` and ``clip_coef`` to
   it. It multiplies by ``x / norm`` where the norm is larger, a millionth more
-  than the official coefficient, and clips the norm before values.
+  than the official coefficient, and clips the norm before values. There is
+  nothing that :func:`compressed` could store, which is an error there.
 
   References:
     Lv et al., `Full Parameter Fine-tuning for Large Language Models with

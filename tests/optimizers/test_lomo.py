@@ -8,7 +8,9 @@ import numpy as np
 import optax
 import pytest
 
+import optax_mp
 from optax_mp import backward
+from optax_mp import formats
 from optax_mp import memory
 from optax_mp import optimizers
 import recorded
@@ -93,6 +95,8 @@ def test_is_gradient_descent_and_has_no_state():
   assert not jax.tree.leaves(state)
   p = jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16)
   assert memory.plan(tx, p, gradients=None).bytes_per_param == 2
+  with pytest.raises(ValueError, match='matches no leaf'):
+    optax_mp.compressed(tx, formats.BlockInt(8)).init(g)
 
 
 @pytest.mark.parametrize('max_norm', [None, 0.3])
