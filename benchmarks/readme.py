@@ -50,6 +50,7 @@ FORMATS = [
     'ratios, unbiased',
     'second moments in half a byte',
   ),
+  (formats.Affine(), 'half a step of the range', "MicroAdam's errors"),
   (formats.Factored(), 'rows x columns', 'second moments of matrices'),
 ]
 # Models and targets of `benchmarks/peak.py`.

@@ -38,6 +38,7 @@ class FormatRow:
   bound: Callable[[np.ndarray], np.ndarray] | None = None
   shares: str = ''  # a scale, with its 'block', its 'cross' or the 'matrix'
   signed: bool = True  # False: for values that are not negative
+  mirror: bool = True  # -x comes back as minus what x does
   symmetric: bool = True  # False: the largest of a block is, +1, has no -1
   zero: bool = True  # zeros come back as zeros, beside others as well
   nonzero: bool = True  # and others never as zeros
@@ -263,6 +264,21 @@ def factored(x):
   return np.abs(product - x) + 2**-18 * product + 2.0**-126 * column
 
 
+def affine(top):
+  """Half a step between the ends of a group, in bfloat16, rounded outwards."""
+
+  def bound(x):
+    groups = grouped(x.astype(np.float64))
+    low, high = groups.min(-1, keepdims=True), groups.max(-1, keepdims=True)
+    size = np.maximum(np.abs(low), np.abs(high))
+    # A step has 20 bits, what it is added to 24.
+    range_ = (high - low) + 2**-7 * (np.abs(low) + np.abs(high))
+    move = range_ * (0.5 / top + 2**-20) + 2**-23 * size
+    return np.broadcast_to(move, groups.shape).reshape(x.shape)
+
+  return bound
+
+
 # A division by a constant may be compiled to a multiplication.
 DIVIDED: dict[str, Any] = {'ulps': 4, 'fixed': 4}
 # A product and a sum may be compiled to one operation, which rounds once.
@@ -370,6 +386,15 @@ FORMATS = {
     signed=False,
     zero=False,
     nonzero=True,
+    odd=True,
+  ),
+  'affine-4': block(
+    formats.Affine(block_size=128),
+    4.25,
+    affine(15),
+    zero=False,
+    mirror=False,
+    fixed=None,
     odd=True,
   ),
   'e4m3': block(formats.Float8(), 8.25, expanded(E4M3), odd=True, **POWERS),

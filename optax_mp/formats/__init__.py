@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Formats: how one array of floats is kept."""
 
+from optax_mp.formats._affine import Affine as Affine
 from optax_mp.formats._base import Format as Format
 from optax_mp.formats._base import HighLow as HighLow
 from optax_mp.formats._base import Stored as Stored
@@ -22,6 +23,7 @@ from optax_mp.formats._tree import decode_tree as decode_tree
 from optax_mp.formats._tree import encode_tree as encode_tree
 
 __all__ = (
+  'Affine',
   'BFloat16',
   'Block',
   'BlockInt',

@@ -17,6 +17,7 @@ from jax import lax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
+import numpy as np
 
 _SUBLANES = 8  # rows of a tile
 # A scale for fewer values than this weighs more than it helps, and one for more
@@ -163,6 +164,26 @@ def smallest(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
   words = lax.bitcast_convert_type(x, jnp.int32)
   reduce = functools.partial(jnp.min, initial=_INFINITY)
   return _as_float(_reduce(jnp.minimum, reduce, words, axes))
+
+
+def ends(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+  """The smallest and the largest number over axes; NaN if not all are finite.
+
+  Compared as words whose order is that of the numbers, with NaNs beyond them.
+  """
+  words = _ordered(lax.bitcast_convert_type(x, jnp.int32))
+  top = np.int32(0x7FFFFFFF)
+  least = functools.partial(jnp.min, initial=top)
+  most = functools.partial(jnp.max, initial=-top)
+  low = _as_float(_ordered(_reduce(jnp.minimum, least, words, axes)))
+  high = _as_float(_ordered(_reduce(jnp.maximum, most, words, axes)))
+  finite = (low > -jnp.inf) & (high < jnp.inf)
+  return jnp.where(finite, low, jnp.nan), jnp.where(finite, high, jnp.nan)
+
+
+def _ordered(words: jax.Array) -> jax.Array:
+  """Of negative numbers the magnitude counts down; its own inverse."""
+  return jnp.where(words < 0, words ^ 0x7FFFFFFF, words)
 
 
 def _as_float(words: jax.Array) -> jax.Array:
