@@ -102,6 +102,7 @@ class Paper:
   make: Callable[..., optax.GradientTransformation]  # of a learning rate
   learning_rate: float
   share_of_steps: float = 1.0  # of those that AdamW trains for
+  has_others: bool = False  # whether it takes an `adam_learning_rate`
 
 
 def _weights(params: Any) -> Any:
@@ -113,18 +114,43 @@ def _weights(params: Any) -> Any:
   return jax.tree.map_with_path(is_weight, params)
 
 
-# A quarter of the width of `quality.py`'s GPT.
+def _paper(
+  make: Callable[..., Any], rate: float, share: float = 1.0, **settings: Any
+) -> Paper:
+  """An optimizer of ours; what it is not for has AdamW at AdamW's own rate."""
+  return Paper(functools.partial(make, **settings), rate, share, True)
+
+
+# A quarter of the width of `quality.py`'s GPT, and as many heads as it has.
 _RANK = {'rank': 32}
+_BLOCKS = {'blocks': optax_mp.optimizers.adam_mini_blocks(4)}
+_WEIGHTS = {'matrices': _weights}
+ADAM_RATE = 2e-3
 
-
-def _paper(make: Callable[..., Any], rate: float, **settings: Any) -> Paper:
-  return Paper(functools.partial(make, **settings), rate)
-
-
-# What `papers.py` trains, all with their defaults but for the rank.
+# What `papers.py` trains, with their defaults but for what depends on the width
+# and for what is a weight: the GPT's layers are a stack.
 PAPERS = {
-  'optax.adamw': Paper(optax.adamw, 2e-3),
-  'came': _paper(optax_mp.came, 1e-3, matrices=_weights, per_slice_clip=True),
+  'optax.adamw': Paper(optax.adamw, ADAM_RATE),
+  'optax.adafactor': Paper(
+    functools.partial(optax.adafactor, multiply_by_parameter_scale=False), 2e-3
+  ),
+  'came': _paper(optax_mp.came, 1e-3, per_slice_clip=True, **_WEIGHTS),
+  'adalomo': _paper(optax_mp.adalomo, 5e-2, **_WEIGHTS),
+  'lomo': Paper(optax_mp.lomo, 1.0),
+  'hfac': _paper(optax_mp.hfac, 2e-3, **_WEIGHTS),
+  'adam_mini': Paper(functools.partial(optax_mp.adam_mini, **_BLOCKS), 2e-3),
+  'rmsprop_sn': _paper(optax_mp.rmsprop_sn, 1e-2),
+  'adamw_sn': _paper(optax_mp.adamw_sn, 2e-2),
+  'adamw_snsm': _paper(optax_mp.adamw_snsm, 2e-2, **_RANK),
+  'adamw_snsm, topk': _paper(
+    optax_mp.adamw_snsm, 2e-2, projector='topk', **_RANK
+  ),
+  'adamw_snsm, half the steps': _paper(optax_mp.adamw_snsm, 2e-2, 0.5, **_RANK),
+  'galore': _paper(optax_mp.galore, 1e-2, **_RANK),
+  'fira': _paper(optax_mp.fira, 1e-2, **_RANK),
+  'apollo': _paper(optax_mp.apollo, 1e-2, **_RANK),
+  'apollo_mini': _paper(optax_mp.apollo_mini, 1e-2),
+  'grass': _paper(optax_mp.grass, 1e-2, **_RANK),
 }
 
 

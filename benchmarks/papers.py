@@ -34,6 +34,7 @@ import optax
 from rich import progress
 
 from contenders import PAPERS
+from contenders import ADAM_RATE
 from contenders import Paper
 from optax_mp import memory
 import quality
@@ -87,7 +88,10 @@ def scaled(
 
   def make(rate):
     def with_schedule(schedule):
-      return paper.make(lambda count: rate * schedule(count))
+      others = {}
+      if paper.has_others:
+        others['adam_learning_rate'] = lambda count: ADAM_RATE * schedule(count)
+      return paper.make(lambda count: rate * schedule(count), **others)
 
     return train_gpt.scheduled(config, with_schedule)
 

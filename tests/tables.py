@@ -567,19 +567,73 @@ class PaperRow:
 
   make: Callable[..., Any]  # of a learning rate
   lr: float  # at which it converges on the contracts' targets
-  # Bits of the state for a leaf of two axes or more, and for a vector.
+  # Bits of the state for a leaf of two axes or more, beside scalars and keys.
   bits: Callable[[tuple[int, ...]], float]
-  vector: int = 64  # of each value
+  vector: int = 64  # bits for a value of a vector
 
 
 def _full(shape):
   return 32 * math.prod(shape)
 
 
+def _sides(shape, shorter=0, longer=0, full=0, each=0):
+  """32 bits for each of these: of sides of a matrix, all of it, a matrix."""
+  *stack, rows, columns = shape
+  sides = shorter * min(rows, columns) + longer * max(rows, columns)
+  return 32 * (math.prod(stack) * (sides + each) + full * math.prod(shape))
+
+
+def _paper(make, lr, vector=64, settings=None, **sides):
+  bits = functools.partial(_sides, **sides)
+  make = functools.partial(make, **(settings or {}))
+  return PaperRow(make, lr, bits, vector)
+
+
+_DECAY = {'weight_decay': 1e-4}
+_RANK = {'rank': 2, 'gap': 3, **_DECAY}  # new directions within a few steps
 PAPERS = {
-  'came': PaperRow(
-    functools.partial(optax_mp.came, weight_decay=1e-4),
-    1e-3,
-    lambda shape: _full(shape) + 64 * _rows_and_columns(*shape),
+  'came': _paper(
+    optax_mp.came, 1e-3, settings=_DECAY, shorter=2, longer=2, full=1
+  ),
+  'lomo': _paper(optax_mp.lomo, 1e-2, 0, _DECAY),
+  'adalomo': _paper(optax_mp.adalomo, 1e-3, 32, _DECAY, shorter=1, longer=1),
+  'hfac': _paper(optax_mp.hfac, 1e-3, settings=_DECAY, shorter=2, longer=2),
+  'adamw_sn': _paper(
+    optax_mp.adamw_sn, 1e-2, settings=_DECAY, longer=1, full=1
+  ),
+  'adamw_snsm': _paper(
+    optax_mp.adamw_snsm, 1e-2, settings=_RANK, shorter=2, longer=3
+  ),
+  'adamw_snsm-random': _paper(
+    optax_mp.adamw_snsm,
+    1e-2,
+    settings=_RANK | {'projector': 'random'},
+    longer=3,
+  ),
+  'adamw_snsm-topk': _paper(
+    optax_mp.adamw_snsm,
+    1e-2,
+    settings=_RANK | {'projector': 'topk'},
+    shorter=2,
+    longer=1,
+    each=2,  # indices
+  ),
+  'galore': _paper(optax_mp.galore, 1e-2, settings=_RANK, shorter=2, longer=4),
+  # The norm of the last step, for each matrix.
+  'fira': _paper(
+    optax_mp.fira, 1e-2, settings=_RANK, shorter=2, longer=4, each=1
+  ),
+  'apollo': _paper(optax_mp.apollo, 1e-2, settings=_RANK, longer=4, each=1),
+  'apollo_mini': _paper(
+    optax_mp.apollo_mini, 1e-2, settings={'gap': 3, **_DECAY}, longer=2, each=1
+  ),
+  # Indices, and what rows are multiplied by.
+  'grass': _paper(optax_mp.grass, 1e-2, settings=_RANK, shorter=4, each=4),
+  'grass-drawn': _paper(
+    optax_mp.grass,
+    1e-2,
+    settings=_RANK | {'rule': 'multinomial_norm', 'replacement': True},
+    shorter=4,
+    each=4,
   ),
 }
