@@ -224,7 +224,7 @@ def _by_factors(g, factors, decays, eps, threshold):
 
 
 def _corrected(b: chex.Numeric, step: chex.Array) -> chex.Array:
-  """b (1 - b^(t-1)) / (1 - b^t), which is 0 at t = 1."""
+  """The decay b (1 - b^(t-1)) / (1 - b^t), which is 0 at t = 1."""
   share = (1.0 - b) / _adam.weight(step, b)
   return jnp.where(step > 1, 1.0 - share, 0.0)
 
