@@ -93,3 +93,25 @@ def assert_state(ours, wanted, tolerance=STATES):
   np.testing.assert_allclose(
     ours, wanted, rtol=0.0, atol=tolerance * np.abs(wanted).max()
   )
+
+
+def run_with_projectors(case, make):
+  """As `run`, of tall and wide leaves with the projectors that were recorded.
+
+  Args:
+    case: whose states have an `ortho_matrix`, new each `update_proj_gap` steps.
+    make: `make(projector=...)` is the transformation.
+  """
+  params, state = parameters(case), None
+  for t, g in enumerate(gradients(case)):
+    if t % case['hyper']['update_proj_gap'] == 0:
+      bases = {
+        params[name].shape: array(leaf['ortho_matrix'])
+        for name, leaf in case['steps'][t]['state'].items()
+      }
+      tx = make(projector=lambda g, rank, bases=bases: bases[g.shape])
+      step = jax.jit(tx.update)
+    state = tx.init(params) if state is None else state
+    updates, state = step(g, state, params)
+    params = optax.apply_updates(params, updates)
+    yield params, state

@@ -160,9 +160,9 @@ def fira(
   **Savings:** GaLore's, with an update of full rank.
 
   **Caveats:** ||S|| may grow by 1 % a step, from what it was at first: where
-  the first gradient is tiny, as behind a layer that starts at zero, S stays
-  tiny for long, and as the norm is one before the learning rate, warming up
-  does not help. A step without gradient starts p anew. Of a stack (L, m, n)
+  the first gradient is far below eps / sqrt(1 - b2), as behind a layer that
+  starts at zero, S stays tiny for long, and warming up the learning rate does
+  not help. A step without gradient starts p anew. Of a stack (L, m, n)
   each matrix has its own p and P. As in :func:`galore`, moments are kept when
   the basis changes, steps then depend on signs of singular vectors, and under
   ``vmap`` with a counter per layer every step makes a decomposition. Stacked
