@@ -182,8 +182,8 @@ def apollo(
   **Caveats:** ||S|| may grow by 1 % a step, from what it was at first: where
   the first gradient is far below eps / sqrt(1 - b2), as behind a layer that
   starts at zero, S stays tiny for long, and warming up does not help. A step
-  without gradient starts p anew. Moments are kept when P changes. Each matrix of a
-  stack (L, m, n) has its own p and P; stacked vectors (L, n) look like a
+  without gradient starts p anew. Moments are kept when P changes. Each matrix
+  of a stack (L, m, n) has its own p and P; stacked vectors (L, n) look like a
   matrix: leave them out of ``matrices``.
 
   References:

@@ -162,9 +162,9 @@ def fira(
   **Caveats:** ||S|| may grow by 1 % a step, from what it was at first: where
   the first gradient is far below eps / sqrt(1 - b2), as behind a layer that
   starts at zero, S stays tiny for long, and warming up the learning rate does
-  not help. A step without gradient starts p anew. Of a stack (L, m, n)
-  each matrix has its own p and P. As in :func:`galore`, moments are kept when
-  the basis changes, steps then depend on signs of singular vectors, and under
+  not help. A step without gradient starts p anew. Of a stack (L, m, n) each
+  matrix has its own p and P. As in :func:`galore`, moments are kept when the
+  basis changes, steps then depend on signs of singular vectors, and under
   ``vmap`` with a counter per layer every step makes a decomposition. Stacked
   vectors (L, n) look like a matrix: leave them out of ``matrices``.
 
