@@ -130,7 +130,7 @@ def test_the_momentum_starts_anew_in_a_new_subspace():
     chex.assert_trees_all_close(params, after, rtol=0.0, atol=1e-6)
 
 
-SHAPES = [(12, 5), (5, 12), (6, 6), (7,), (), (1, 5), (11, 13)]
+SHAPES = [(12, 5), (5, 12), (6, 6), (7,), (2,), (), (1, 3), (11, 13)]
 MATRICES = [(12, 5), (5, 12), (6, 6)]
 
 

@@ -92,8 +92,9 @@ def scale_by_subspace_momentum(
   **Caveats:** a stack (L, m, n) has a subspace a layer. Under ``vmap`` over
   layers with a count each, all steps make new projectors, because a branch
   that differs among layers is none. The compiled program reserves what an SVD
-  needs, also at steps without one. Gradients are projected once they are whole:
-  on several devices, an SVD is of the whole matrix on each.
+  needs, also at steps without one; on several devices it is of the whole
+  matrix on each. The arithmetic of ``'random'`` is r / max(m, n) of that of
+  projecting, but a QR decomposition goes column by column.
 
   References:
     Nguyen and Nguyen, `Lean and Mean Adaptive Optimization via Subset-Norm
