@@ -122,9 +122,9 @@ def _paper(
 
 
 # A quarter of the width of `quality.py`'s GPT, and as many heads as it has.
-_RANK = {'rank': 32}
+_RANK: dict[str, Any] = {'rank': 32}
 _BLOCKS = {'blocks': optax_mp.optimizers.adam_mini_blocks(4)}
-_WEIGHTS = {'matrices': _weights}
+_WEIGHTS: dict[str, Any] = {'matrices': _weights}
 ADAM_RATE = 2e-3
 
 # What `papers.py` trains, with their defaults but for what depends on the width

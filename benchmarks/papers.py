@@ -33,8 +33,8 @@ import numpy as np
 import optax
 from rich import progress
 
-from contenders import PAPERS
 from contenders import ADAM_RATE
+from contenders import PAPERS
 from contenders import Paper
 from optax_mp import memory
 import quality
@@ -98,26 +98,28 @@ def scaled(
   return optax.inject_hyperparams(make)(rate=1.0)
 
 
-def build(config: train_gpt.Config, paper: Paper) -> train_gpt.Setup:
-  """Compiles the step for all rates and seeds."""
+@functools.cache
+def built(name: str, config: train_gpt.Config) -> train_gpt.Setup:
+  """Compiles the step of an optimizer, for all rates and seeds."""
   config = dataclasses.replace(config, learning_rate=1.0)
-  return train_gpt.setup(config, scaled(config, paper), jnp.float32)
+  return train_gpt.setup(config, scaled(config, PAPERS[name]), jnp.float32)
 
 
 def final_loss(
-  config: train_gpt.Config, built: train_gpt.Setup, seed: int, rate: float
+  name: str, config: train_gpt.Config, seed: int, rate: float
 ) -> float:
   """Trains once; the last validation loss, infinite if it is no number."""
+  setup = built(name, config)
 
   def create():
-    state = built.create(seed)
+    state = setup.create(seed)
     rate_array = jnp.asarray(rate, jnp.float32)
     opt_state = optax.tree.set(state.opt_state, rate=rate_array)
     return state._replace(opt_state=opt_state)
 
   validation = None
   config = dataclasses.replace(config, seed=seed)
-  for record in train_gpt.train(config, built._replace(create=create)):
+  for record in train_gpt.train(config, setup._replace(create=create)):
     if not np.isfinite(record.loss):
       return float('inf')
     validation = record.validation
@@ -125,33 +127,32 @@ def final_loss(
   return validation
 
 
-def studied(name: str, config: train_gpt.Config, seeds: int) -> dict[str, Any]:
+def studied(
+  name: str, config: train_gpt.Config, seeds: int, pool: futures.Executor
+) -> dict[str, Any]:
   """Searches for the rate, then trains with every seed."""
   paper = PAPERS[name]
   steps = int(config.steps * paper.share_of_steps)
   config = dataclasses.replace(config, steps=steps, validate_every=steps)
-  built = build(config, paper)
-  loss = functools.partial(final_loss, config, built)
+
+  def losses(seeds, rate):
+    runs = [pool.submit(final_loss, name, config, i, rate) for i in seeds]
+    return [run.result() for run in runs]
 
   def mean_at(step):
-    rate = rate_at(paper, step)
-    return float(np.mean([loss(seed, rate) for seed in TUNING_SEEDS]))
+    return float(np.mean(losses(TUNING_SEEDS, rate_at(paper, step))))
 
   tried = search(mean_at)
   best = min(tried, key=lambda step: tried[step])
   rate = rate_at(paper, best)
+  large = {'w': jax.ShapeDtypeStruct(LARGE, jnp.float32)}
   return {
-    'search': {
-      str(rate_at(paper, step)): tried[step] for step in sorted(tried)
-    },
+    'search': {str(rate_at(paper, i)): tried[i] for i in sorted(tried)},
     'bracketed': best - 1 in tried and best + 1 in tried,
     'learning_rate': rate,
     'steps': steps,
-    'losses': [loss(seed, rate) for seed in range(seeds)],
-    'bytes': state_bytes(
-      paper, {'w': jax.ShapeDtypeStruct(LARGE, jnp.float32)}
-    ),
-    'bytes_of_model': state_bytes(paper, built.shapes.params),
+    'losses': losses(range(seeds), rate),
+    'bytes': state_bytes(paper, large),
   }
 
 
@@ -238,14 +239,17 @@ def main() -> None:
   todo = [
     n for n in arguments.only or PAPERS if arguments.only or n not in rows
   ]
-  # New processes: a device's memory is not to be set aside by the first.
-  pool = futures.ProcessPoolExecutor(
-    arguments.processes, multiprocessing.get_context('spawn')
-  )
-  with pool, progress.Progress() as bar:
+  # New processes, each with programs of its own; a thread for each search.
+  context = multiprocessing.get_context('spawn')
+  with (
+    futures.ProcessPoolExecutor(arguments.processes, context) as pool,
+    futures.ThreadPoolExecutor(max(1, len(todo))) as threads,
+    progress.Progress() as bar,
+  ):
     task = bar.add_task('optimizers', total=len(todo))
     running = {
-      pool.submit(studied, name, config, arguments.seeds): name for name in todo
+      threads.submit(studied, name, config, arguments.seeds, pool): name
+      for name in todo
     }
     for done in futures.as_completed(running):
       rows[running[done]] = done.result()

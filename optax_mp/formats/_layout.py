@@ -40,12 +40,18 @@ def lay_out(state: Any, params: Any) -> Any:
 
 
 def _lay_out(x: chex.Array, param: chex.Array) -> chex.Array:
-  """``x``, sharded like ``param`` if it has its shape.
+  """``x``, sharded like ``param`` if it has its shape."""
+  return lay_out_like(x, param) if x.shape == param.shape else x
+
+
+def lay_out_like(x: chex.Array, param: chex.Array) -> chex.Array:
+  """``x``, sharded like an array of the same shape.
 
   The compiler lays out what is chosen from like what it is chosen from. That
-  ``param`` is never chosen it must not know before.
+  ``param`` is never chosen it must not know before. On a mesh with explicit
+  axes it has nothing to decide.
   """
-  if x.shape != param.shape:
+  if jax.typeof(x).sharding != jax.typeof(param).sharding:
     return x
   never = lax.optimization_barrier(jnp.zeros((), jnp.bool))
   return lax.select(never, lax.convert_element_type(param, x.dtype), x)

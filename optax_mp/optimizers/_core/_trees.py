@@ -97,22 +97,29 @@ def zeros_along(p: chex.Array, axes: Sequence[int], *after: int) -> chex.Array:
 
   Args:
     p: the parameter.
-    axes: which of its axes, negative or not, in the order of the result.
+    axes: which of its axes, negative or not, in increasing order.
     *after: lengths of further axes, which are not sharded.
 
   Returns:
     An array of shape ``(*(p.shape[i] for i in axes), *after)``.
   """
   shape = (*(p.shape[i] for i in axes), *after)
-  # Of an array, or of a tracer on a mesh with explicit axes.
-  sharding = getattr(p, 'sharding', getattr(jax.typeof(p), 'sharding', None))
-  if not isinstance(sharding, NamedSharding) or sharding.mesh.empty:
+  sharding = getattr(jax.typeof(p), 'sharding', None)
+  # On a mesh with explicit axes.
+  if isinstance(sharding, NamedSharding) and any(sharding.spec):
+    specs = (*sharding.spec, *[None] * (p.ndim - len(sharding.spec)))
+    spec = PartitionSpec(*(specs[i] for i in axes), *[None] * len(after))
+    return jnp.zeros(
+      shape, jnp.float32, device=NamedSharding(sharding.mesh, spec)
+    )
+  if not p.size:
     return jnp.zeros(shape, jnp.float32)
-  specs = [*sharding.spec, *[None] * (p.ndim - len(sharding.spec))]
-  spec = PartitionSpec(*(specs[i] for i in axes), *[None] * len(after))
-  return jnp.zeros(
-    shape, jnp.float32, device=NamedSharding(sharding.mesh, spec)
-  )
+  kept = [i % p.ndim for i in axes]
+  part = jnp.asarray(p)
+  for i in reversed(range(p.ndim)):
+    part = part if i in kept else lax.index_in_dim(part, 0, i, keepdims=False)
+  part = lax.broadcast_in_dim(part, shape, range(part.ndim))
+  return _layout.lay_out_like(jnp.zeros(shape, jnp.float32), part)
 
 
 def sharded_along(
