@@ -8,6 +8,7 @@ plain bfloat16 they are what happens without care.
 from collections.abc import Callable
 import dataclasses
 import functools
+import inspect
 from typing import Any
 
 import jax
@@ -102,7 +103,7 @@ class Paper:
   make: Callable[..., optax.GradientTransformation]  # of a learning rate
   learning_rate: float
   share_of_steps: float = 1.0  # of those that AdamW trains for
-  has_others: bool = False  # whether it takes an `adam_learning_rate`
+  others: str = ''  # the argument for the rate of what it is not for
 
 
 def _weights(params: Any) -> Any:
@@ -118,7 +119,10 @@ def _paper(
   make: Callable[..., Any], rate: float, share: float = 1.0, **settings: Any
 ) -> Paper:
   """An optimizer of ours; what it is not for has AdamW at AdamW's own rate."""
-  return Paper(functools.partial(make, **settings), rate, share, True)
+  own = inspect.signature(make).parameters
+  others = next((k for k in own if k.endswith('_learning_rate')), '')
+  make = functools.partial(make, **settings)
+  return Paper(make, rate, share, others or 'adam_learning_rate')
 
 
 # A quarter of the width of `quality.py`'s GPT, and as many heads as it has.

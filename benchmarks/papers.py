@@ -89,8 +89,8 @@ def scaled(
   def make(rate):
     def with_schedule(schedule):
       others = {}
-      if paper.has_others:
-        others['adam_learning_rate'] = lambda count: ADAM_RATE * schedule(count)
+      if paper.others:
+        others[paper.others] = lambda count: ADAM_RATE * schedule(count)
       return paper.make(lambda count: rate * schedule(count), **others)
 
     return train_gpt.scheduled(config, with_schedule)
