@@ -37,6 +37,7 @@ from optax_mp.optimizers import galore as galore
 from optax_mp.optimizers import grass as grass
 from optax_mp.optimizers import hfac as hfac
 from optax_mp.optimizers import lomo as lomo
+from optax_mp.optimizers import micro_adam as micro_adam
 from optax_mp.optimizers import rmsprop_sn as rmsprop_sn
 from optax_mp.optimizers import sgd_sm as sgd_sm
 from optax_mp.wrappers import CompensatedState as CompensatedState
@@ -77,6 +78,7 @@ __all__ = (
   'lion_bf16',
   'lomo',
   'memory',
+  'micro_adam',
   'muon_8bit',
   'optimizers',
   'rmsprop_sn',

@@ -88,13 +88,15 @@ def leaf_choices(
     kept: where it is found in a parameter's path, leaves stay as they are.
 
   Returns:
-    A choice for each floating-point leaf, None for others.
+    A choice for each floating-point leaf, None for others, and for what the
+    optimizer keeps in a format itself.
   """
   check_rule(rule)
   variables = _paths.are_variables(params)
   choices: list[Choice | None] = []
+  kept_already = _inside_stored(tree)
   for path, leaf, (state, param) in _leaves(tree, params):
-    if not is_float(leaf):
+    if not is_float(leaf) or path in kept_already:
       choices.append(None)
       continue
     format, note = None, f'fewer than min_size={min_size} values'
@@ -115,10 +117,11 @@ def check_fields(
   """Raises a ValueError if a mapping names a field without float arrays."""
   if not isinstance(rule, Mapping):
     return
+  kept_already = _inside_stored(tree)
   known = {
     field
-    for _, leaf, (state, _) in _leaves(tree, params)
-    if is_float(leaf)
+    for path, leaf, (state, _) in _leaves(tree, params)
+    if is_float(leaf) and path not in kept_already
     for field in _paths.fields(state)
   }
   if unknown := set(rule) - known:
@@ -164,6 +167,17 @@ def is_float(leaf: Any, min_size: int = 0) -> bool:
   """Floating-point and large enough; integers and small leaves stay alone."""
   floating = jnp.issubdtype(leaf.dtype, jnp.floating)
   return floating and math.prod(leaf.shape) >= min_size
+
+
+def _inside_stored(tree: Any) -> set[_paths.Path]:
+  """Paths of arrays that are what a format stored."""
+  nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_base.is_stored)
+  return {
+    (*path, *below)
+    for path, node in nodes
+    if _base.is_stored(node)
+    for below, _ in jax.tree_util.tree_leaves_with_path(node)
+  }
 
 
 def _leaves(

@@ -43,6 +43,13 @@ from optax_mp.optimizers._hfac import ScaleByHfacState as ScaleByHfacState
 from optax_mp.optimizers._hfac import hfac as hfac
 from optax_mp.optimizers._hfac import scale_by_hfac as scale_by_hfac
 from optax_mp.optimizers._lomo import lomo as lomo
+from optax_mp.optimizers._micro_adam import (
+  ScaleByMicroAdamState as ScaleByMicroAdamState,
+)
+from optax_mp.optimizers._micro_adam import micro_adam as micro_adam
+from optax_mp.optimizers._micro_adam import (
+  scale_by_micro_adam as scale_by_micro_adam,
+)
 from optax_mp.optimizers._snsm._adagrad import adagrad_sn as adagrad_sn
 from optax_mp.optimizers._snsm._adagrad import adagrad_snsm as adagrad_snsm
 from optax_mp.optimizers._snsm._adamw import adamw_sn as adamw_sn
@@ -73,6 +80,7 @@ __all__ = (
   'ScaleByGaloreState',
   'ScaleByGrassState',
   'ScaleByHfacState',
+  'ScaleByMicroAdamState',
   'ScaleBySubsetNormState',
   'ScaleBySubspaceMomentumState',
   'adagrad_sn',
@@ -92,6 +100,7 @@ __all__ = (
   'hfac',
   'hidden_matrices',
   'lomo',
+  'micro_adam',
   'rmsprop_sn',
   'scale_by_adalomo',
   'scale_by_adam_mini',
@@ -101,6 +110,7 @@ __all__ = (
   'scale_by_galore',
   'scale_by_grass',
   'scale_by_hfac',
+  'scale_by_micro_adam',
   'scale_by_subset_norm',
   'scale_by_subspace_momentum',
   'sgd_sm',

@@ -1,0 +1,322 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MicroAdam against recorded runs, a slow reference, and its hazards."""
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+import numpy as np
+import optax
+import pytest
+
+from compilers import compile_for
+from optax_mp import compressed
+from optax_mp import formats
+from optax_mp import memory
+from optax_mp import optimizers
+import recorded
+from reference import micro_adam as reference
+
+RECORDED = recorded.cases('microadam')
+EXACT = [name for name, c in RECORDED.items() if c['reference_float64_steps']]
+
+
+def like(case, dtype):
+  hyper = case['hyper']
+  return optimizers.micro_adam(
+    hyper['lr'],
+    hyper['m'],
+    hyper['density'],
+    b1=hyper['betas'][0],
+    b2=hyper['betas'][1],
+    eps=hyper['eps'],
+    block_size=hyper['d_block_size'],
+    residual=formats.Affine(4, hyper['quant_block_size'], dtype),
+    values_dtype=dtype,
+    weight_decay=hyper['weight_decay'],
+    alpha=hyper['alpha'],
+  )
+
+
+@pytest.mark.parametrize('name', EXACT)
+def test_follows_the_recorded_reference(name):
+  """Codes are equal, and so is what was selected."""
+  case, key = RECORDED[name], 'reference_float64_steps'
+  states = recorded.assert_follows(like(case, 'float32'), case, key=key)
+  for t, (state, step) in enumerate(zip(states, case[key], strict=True)):
+    codes, (low, high) = state[0].residual
+    codes = np.asarray(codes, np.int32).ravel() + 8
+    np.testing.assert_array_equal(codes, step['error_codes'])
+    recorded.assert_state(low, step['mins'])
+    recorded.assert_state(high, step['maxs'])
+    newest = np.reshape(state[0].indices, (case['hyper']['m'], -1))[t]
+    np.testing.assert_array_equal(np.sort(newest), step['last_indices'])
+
+
+@pytest.mark.parametrize('name', RECORDED)
+def test_follows_the_official_code_in_bfloat16(name):
+  """Within one ulp of the largest, and of each at first.
+
+  It also rounds what is left out to bfloat16, and the quotient: after some
+  steps another one of two nearly equal entries is selected.
+  """
+  case = RECORDED[name]
+  params = recorded.parameters(case).astype(jnp.bfloat16)
+  grads = [g.astype(jnp.bfloat16) for g in recorded.gradients(case)]
+  ours = recorded.run(like(case, 'bfloat16'), params, grads)
+  wanted = recorded.expected(case, 'official_bf16_steps')
+  for t, ((params, _), after) in enumerate(zip(ours, wanted, strict=True)):
+    away = np.abs(np.asarray(params, np.float64) - after)
+    assert np.all(away <= ulp(np.abs(after).max()))
+    if t == 0 or name == 'defaults_8x16':
+      assert np.all(away <= ulp(after))
+
+
+def ulp(x):
+  """Of bfloat16."""
+  return 2.0 ** (np.floor(np.log2(np.abs(x))) - 7)
+
+
+CASES = [
+  ((48, 7), 64, 0.05, 0.0),  # 5 blocks and a shorter one
+  ((16, 16), 64, 0.1, 0.0),
+  ((13,), 8, 0.2, 0.0),
+  ((), 8, 0.2, 0.0),
+  ((3, 1), 2, 0.5, 0.0),
+  ((16, 16), 64, 0.1, 0.3),
+]
+
+
+@pytest.mark.parametrize(('shape', 'block', 'density', 'alpha'), CASES)
+def test_follows_the_reference(shape, block, density, alpha):
+  """Over more steps than the window has, with weight decay."""
+  rng = np.random.default_rng(0)
+  slow = reference.MicroAdam(
+    3, density, block, 8, (0.9, 0.95, 1e-8), 1e-3, 0.1, alpha
+  )
+  tx = optimizers.micro_adam(
+    1e-3,
+    3,
+    density,
+    b2=0.95,
+    block_size=block,
+    residual=formats.Affine(4, 8, 'float32'),
+    values_dtype='float32',
+    alpha=alpha,
+    weight_decay=0.1,
+  )
+  w = rng.normal(size=shape)
+  grads = [rng.normal(size=shape) for _ in range(6)]
+  ours = recorded.run(tx, jnp.asarray(w), [jnp.asarray(g) for g in grads])
+  for (params, _), g in zip(ours, grads, strict=True):
+    w = slow.step(w, g)
+    np.testing.assert_allclose(params, w, rtol=0.0, atol=recorded.PARAMS)
+
+
+@pytest.mark.parametrize('layout', ['flat', 'last_axis'])
+def test_a_stack_is_its_layers(layout):
+  """Exact; with a last axis apart so are rows."""
+  rng = np.random.default_rng(1)
+  tx = optimizers.scale_by_micro_adam(
+    2, 0.2, block_size=8, residual=formats.Affine(4, 4), layout=layout
+  )
+  grads = [jnp.asarray(rng.normal(size=(3, 4, 10))) for _ in range(3)]
+
+  def run(grads):
+    state = tx.init(grads[0])
+    for g in grads:
+      updates, state = tx.update(g, state)
+    return updates
+
+  apart = [run([g[i] for g in grads]) for i in range(3)]
+  np.testing.assert_array_equal(run(grads), np.stack(apart))
+  if layout == 'last_axis':
+    rows = [run([g[0, i] for g in grads]) for i in range(4)]
+    # kind: derived, compiled for another number of values.
+    np.testing.assert_allclose(apart[0], np.stack(rows), rtol=2.0**-22)
+
+
+@pytest.mark.parametrize('shape', [(256, 8192), (257, 8192), (300, 8190)])
+def test_blocks_do_not_depend_on_how_many_there_are_at_once(shape):
+  """Exact: several chunks, of which the last may be smaller."""
+  g = jax.random.normal(jax.random.key(0), shape)
+  tx = optimizers.scale_by_micro_adam(2)
+  step = jax.jit(tx.update)
+  whole, state = step(g, tx.init(g))
+  block = g.ravel()[:16384]
+  alone, own = step(block, tx.init(block))
+  np.testing.assert_array_equal(whole.ravel()[:16384], alone)
+  np.testing.assert_array_equal(state.residual.codes[0], own.residual.codes)
+  rest = g.size % 16384
+  last = g.ravel()[-(rest or 16384) :]
+  alone, _ = step(last, tx.init(last))
+  np.testing.assert_array_equal(whole.ravel()[-last.size :], alone)
+
+
+@pytest.mark.parametrize(
+  ('steps', 'size'), [(1, 1.0), (10, 1.0), (100, 2.0), (1000, 5.2)]
+)
+def test_steps_grow(steps, size):
+  """Claim: with a constant gradient, as the docstring says; to its digits."""
+  tx = optimizers.scale_by_micro_adam(density=1.0, values_dtype='float32')
+  g = jnp.ones(4)
+
+  @jax.jit
+  def run(state):
+    def body(state, _):
+      return tx.update(g, state)[::-1]
+
+    return jax.lax.scan(body, state, None, length=steps)[1][-1]
+
+  np.testing.assert_allclose(run(tx.init(g)), size, atol=0.05)
+
+
+def test_how_far_steps_grow():
+  """Claim: 6.5 in the end, and 3.2 for what is in the newest alone."""
+  tx = optimizers.scale_by_micro_adam(density=0.25, values_dtype='float32')
+  late = tx.init(jnp.zeros(4))._replace(count=jnp.int32(10**6))
+  u, _ = tx.update(jnp.array([1.0, 0, 0, 0]), late)
+  np.testing.assert_allclose(u, [3.16, 0, 0, 0], atol=0.005)
+  for _ in range(10):
+    u, late = tx.update(jnp.array([1.0, 0, 0, 0]), late)
+  np.testing.assert_allclose(u, [6.5, 0, 0, 0], atol=0.05)
+
+
+def test_equal_magnitudes_are_selected_in_order():
+  tx = optimizers.scale_by_micro_adam(density=0.25)
+  g = jnp.array([1.0, -2, 2, -2, 2, 2, 1, 1])
+  _, state = jax.jit(tx.update)(g, tx.init(g))
+  assert np.reshape(state.indices, (10, 2))[0].tolist() == [1, 2]
+
+
+def test_zero_and_equal_gradients_stay_finite():
+  """Buckets whose values are all equal have no step."""
+  for g in (jnp.zeros((16, 16)), jnp.full((16, 16), 3.0)):
+    tx = optimizers.scale_by_micro_adam()
+    state = tx.init(g)
+    for _ in range(3):
+      updates, state = jax.jit(tx.update)(g, state)
+    chex.assert_tree_all_finite((updates, formats_free(state)))
+    assert np.count_nonzero(updates) <= 3 * 3  # ceil(2.56) a step
+
+
+def formats_free(state):
+  return state.residual.scales, state.values
+
+
+def test_what_is_left_out_comes_back():
+  """An entry that is never the largest is selected once it has summed up."""
+  tx = optimizers.scale_by_micro_adam(1, 1 / 4, values_dtype='float32')
+  g = jnp.array([1.0, 0.4, 0.0, 0.0])
+  state, moved = tx.init(g), []
+  for _ in range(4):
+    updates, state = tx.update(g, state)
+    moved.append(int(np.argmax(updates)))
+  assert 1 in moved
+
+
+@pytest.mark.parametrize(
+  'residual', [formats.BFloat16(), formats.BlockInt(8), formats.Split(8)]
+)
+def test_another_format_of_errors(residual):
+  """Exact: what it keeps of all that is not selected."""
+  g = jnp.asarray(np.random.default_rng(2).normal(size=(8, 128)))
+  tx = optimizers.scale_by_micro_adam(residual=residual, density=0.1)
+  _, state = jax.jit(tx.update)(g, tx.init(g))
+  selected = jnp.reshape(state.indices, (10, -1))[0]
+  rest = g.ravel().at[selected].set(0.0)
+  chex.assert_trees_all_equal(state.residual, jax.jit(residual.encode)(rest))
+  updates, _ = jax.jit(tx.update)(g, state)
+  chex.assert_tree_all_finite(updates)
+
+
+@pytest.mark.parametrize('layout', ['flat', 'last_axis'])
+def test_bytes(layout):
+  """Exact: 0.9 bytes per parameter, what k is rounded up, and 4 a bucket."""
+  shape = (4096, 4096)
+  p = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+  tx = optimizers.scale_by_micro_adam(layout=layout)
+  plan = memory.plan(tx, p, gradients=None)
+  kept = 164 / 16384 if layout == 'flat' else 41 / 4096
+  wanted = 2 * 10 * 2 * kept + 1 / 2 + 4 / 64
+  assert plan.total_bytes == wanted * 4096**2 + 2 * 4096**2 + 4
+  np.testing.assert_allclose(wanted, 0.9 + 4 / 64, rtol=2e-3)
+
+
+@pytest.mark.parametrize('target', ['h100', 'tpu-v5e'])
+@pytest.mark.parametrize('layout', ['flat', 'last_axis'])
+def test_temporaries(target, layout):
+  """Claim: the gradient in float32, and what a chunk needs."""
+  tx = optimizers.micro_adam(1e-3, layout=layout)
+
+  def step(params, state, grads):
+    updates, state = tx.update(grads, state, params)
+    return optax.apply_updates(params, updates), state
+
+  p = jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16)
+  args = p, jax.eval_shape(tx.init, p), p
+  report = memory.report(
+    compile_for(target, step, *args, donate_argnums=(0, 1))
+  )
+  chunk = 40 * 2**19
+  assert report.temporary_bytes <= 4 * p.size + chunk
+  assert report.alias_bytes >= 2.96 * p.size
+
+
+def test_rows_apart_lie_where_their_leaf_lies():
+  """Exact, on eight devices, with automatic and with explicit axes."""
+  if jax.device_count() < 8:
+    pytest.skip('needs eight devices')
+  g = jax.random.normal(jax.random.key(3), (3, 16, 64))
+  tx = optimizers.scale_by_micro_adam(2, 0.1, layout='last_axis')
+  alone, _ = jax.jit(tx.update)(g, tx.init(g))
+  for kind in (AxisType.Auto, AxisType.Explicit):
+    mesh = jax.make_mesh((8,), ('d',), axis_types=(kind,))
+    sharding = NamedSharding(mesh, P(None, 'd', None))
+    cut = jax.device_put(g, sharding)
+    updates, state = jax.jit(tx.update)(cut, tx.init(cut))
+    np.testing.assert_array_equal(updates, alone)
+    for x in jax.tree.leaves(state):
+      spec = P(*sharding.spec[: x.ndim])
+      assert x.sharding.is_equivalent_to(NamedSharding(mesh, spec), x.ndim)
+
+
+def test_compressed_leaves_what_is_in_a_format():
+  """Exact; and says so where all else is rounded already."""
+  params = {'w': jnp.ones((64, 64))}
+  tx = optimizers.micro_adam(1e-3, values_dtype='float32')
+  stored = compressed(tx, formats.Split(16), min_size=0)
+  plain, state = tx.init(params), stored.init(params)
+  for _ in range(2):
+    wanted, plain = jax.jit(tx.update)(params, plain, params)
+    updates, state = jax.jit(stored.update)(params, state, params)
+  chex.assert_trees_all_equal(updates, wanted)
+  inner = state.inner_state[0]
+  chex.assert_trees_all_equal(inner.residual, plain[0].residual)
+  assert formats.is_stored(inner.values['w'])
+  with pytest.raises(ValueError, match='`inner` keeps .*values'):
+    tx = compressed(optimizers.micro_adam(1e-3), formats.Split(8), min_size=0)
+    tx.init(params)
+
+
+@pytest.mark.parametrize(
+  ('wrong', 'argument'),
+  [
+    ({'window': 0}, 'window'),
+    ({'density': 0.0}, 'density'),
+    ({'density': 1.5}, 'density'),
+    ({'block_size': 2**15}, 'block_size'),
+    ({'eps': 0.0}, 'eps'),
+    ({'b1': 1.0}, 'b1'),
+    ({'alpha': 1.0}, 'alpha'),
+    ({'layout': 'rows'}, 'layout'),
+    ({'values_dtype': 'int8'}, 'values_dtype'),
+    ({'residual': formats.BlockInt(4, signed=False)}, 'residual'),
+    ({'residual': formats.BFloat16('stochastic')}, 'residual'),
+  ],
+)
+def test_errors_name_the_argument(wrong, argument):
+  with pytest.raises(ValueError, match=f'`{argument}`.*got'):
+    optimizers.scale_by_micro_adam(**wrong)
