@@ -155,6 +155,7 @@ PAPERS = {
   'apollo': _paper(optax_mp.apollo, 1e-2, **_RANK),
   'apollo_mini': _paper(optax_mp.apollo_mini, 1e-2),
   'grass': _paper(optax_mp.grass, 1e-2, **_RANK),
+  'micro_adam': Paper(optax_mp.micro_adam, 1e-3),
 }
 
 
