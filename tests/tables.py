@@ -591,6 +591,16 @@ def _paper(make, lr, vector=64, settings=None, **sides):
 
 _DECAY = {'weight_decay': 1e-4}
 _RANK = {'rank': 2, 'gap': 3, **_DECAY}  # new directions within a few steps
+
+
+def _micro_adam(shape):
+  """Of ten steps 1 % of each block, codes of 4 bits, two ends of 64 values."""
+  *stack, rows, columns = shape
+  block = min(rows * columns, 16384)
+  kept = 10 * math.ceil(block / 100) * (16 + 32) + 4 * block + 32 * block / 64
+  return math.prod(stack) * rows * columns / block * kept
+
+
 PAPERS = {
   'came': _paper(
     optax_mp.came, 1e-3, settings=_DECAY, shorter=2, longer=2, full=1
@@ -636,4 +646,31 @@ PAPERS = {
     shorter=4,
     each=4,
   ),
+  'micro_adam': PaperRow(
+    functools.partial(optax_mp.micro_adam, values_dtype='float32', **_DECAY),
+    1e-3,
+    _micro_adam,
+    4 + 0.5 + 10 * 4 * (16 + 32) / 384,
+  ),
+  'adam_mini': PaperRow(
+    functools.partial(
+      optax_mp.adam_mini,
+      blocks=optax_mp.optimizers.adam_mini_blocks(1),
+      **_DECAY,
+    ),
+    1e-2,
+    lambda shape: _sides(shape, full=1, each=shape[-1]),  # one a column
+    32 + 32 / 384,
+  ),
+  'rmsprop_sn': _paper(optax_mp.rmsprop_sn, 1e-3, 32, _DECAY, longer=1),
+  'adagrad_sn': _paper(
+    optax_mp.adagrad_sn, 0.5, settings=_DECAY, longer=1, full=1
+  ),
+  'adagrad_snsm': _paper(
+    optax_mp.adagrad_snsm, 0.5, settings=_RANK, shorter=2, longer=3
+  ),
+  'adamw_sm': _paper(
+    optax_mp.adamw_sm, 1e-2, settings=_RANK, shorter=2, longer=2, full=1
+  ),
+  'sgd_sm': _paper(optax_mp.sgd_sm, 1e-2, 32, _RANK, shorter=2, longer=2),
 }

@@ -157,12 +157,12 @@ def came(
   .. math::
     Q &= G^2 + \epsilon_1, \quad r \leftarrow b_2 r + (1 - b_2)
       \mathrm{mean}_{row}(Q), \quad c \leftarrow b_2 c + (1 - b_2)
-      \mathrm{mean}_{col}(Q) \
+      \mathrm{mean}_{col}(Q) \\
     U &= \mathrm{fac}(r, c) \cdot G, \quad
-      U \leftarrow U / \max(1, \mathrm{RMS}(U) / d) \
-    M &\leftarrow b_1 M + (1 - b_1) U, \quad S = (U - M)^2 + \epsilon_2 \
+      U \leftarrow U / \max(1, \mathrm{RMS}(U) / d) \\
+    M &\leftarrow b_1 M + (1 - b_1) U, \quad S = (U - M)^2 + \epsilon_2 \\
     R &\leftarrow b_3 R + (1 - b_3) \mathrm{mean}_{row}(S), \quad
-      C \leftarrow b_3 C + (1 - b_3) \mathrm{mean}_{col}(S) \
+      C \leftarrow b_3 C + (1 - b_3) \mathrm{mean}_{col}(S) \\
     u &= -\eta\, \mathrm{fac}(R, C) \cdot M - \eta \lambda W
 
   Leaves with fewer than two axes have :math:`v` in place of r and c, and M in

@@ -143,9 +143,9 @@ def micro_adam(
 
   .. math::
     a &= G + E, \quad S_t = \text{the k largest } |a_i|, \quad
-      V_t = \sum_{i \in S_t} a_i e_i, \quad E \leftarrow a - V_t \
+      V_t = \sum_{i \in S_t} a_i e_i, \quad E \leftarrow a - V_t \\
     z_1 &= \sum_{s < \min(t, w)} b_1^s V_{t-s}, \quad
-      z_2 = \sum_{s < \min(t, w)} b_2^s V_{t-s}^2 \
+      z_2 = \sum_{s < \min(t, w)} b_2^s V_{t-s}^2 \\
     u &= -\eta\, \frac{(1 - b_1) z_1 / (1 - b_1^t)}
       {\sqrt{(1 - b_2) z_2 / (1 - b_2^t)} + \epsilon} - \eta \lambda W
 
