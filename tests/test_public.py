@@ -16,6 +16,9 @@ FUNCTIONS = {
     optax_mp.memory: [n for n in optax_mp.memory.__all__ if n[0].islower()],
     optax_mp.checkpoint: ['to_float32', 'from_float32'],
     optax_mp.backward: ['fused_step'],
+    optax_mp.optimizers: [
+      n for n in optax_mp.optimizers.__all__ if n[0].islower()
+    ],
   }.items()
   for name in names
   if not inspect.ismodule(getattr(module, name))
@@ -55,6 +58,12 @@ def test_every_format_says_what_it_stores(name):
 
 
 def test_all_is_sorted_and_complete():
-  for module in (optax_mp, formats, optax_mp.memory, optax_mp.backward):
+  for module in (
+    optax_mp,
+    formats,
+    optax_mp.memory,
+    optax_mp.backward,
+    optax_mp.optimizers,
+  ):
     assert list(module.__all__) == sorted(module.__all__)
     assert all(hasattr(module, name) for name in module.__all__)
