@@ -26,6 +26,7 @@ import pathlib
 import sys
 from typing import Any
 
+from flax import nnx
 import jax
 import jax.numpy as jnp
 from matplotlib import figure
@@ -48,7 +49,6 @@ REFERENCE = 'optax.adamw'
 TUNING_SEEDS = (1000,)
 RATES_A_DECADE = 3
 MOST = 9  # rates that a search may try
-LARGE = (4096, 4096)  # whose state the bytes are of
 
 
 def rate_at(paper: Paper, step: int) -> float:
@@ -151,20 +151,25 @@ def studied(
   tried = search(mean_at)
   best = min(tried, key=lambda step: tried[step])
   rate = rate_at(paper, best)
-  large = {'w': jax.ShapeDtypeStruct(LARGE, jnp.float32)}
   return {
     'search': {str(rate_at(paper, i)): tried[i] for i in sorted(tried)},
     'bracketed': best - 1 in tried and best + 1 in tried,
     'learning_rate': rate,
     'steps': steps,
     'losses': losses(range(seeds), rate),
-    'bytes': state_bytes(paper, large),
   }
 
 
-def state_bytes(paper: Paper, params: Any) -> float:
-  """What the state takes, per parameter."""
-  plan = memory.plan(paper.make(1.0), params, gradients=None)
+def state_bytes(paper: Paper, config: train_gpt.Config) -> float:
+  """What the state of the model's kernels takes, for each of their values."""
+  model = nnx.eval_shape(lambda: train_gpt.GPT(config, nnx.Rngs(0)))
+  blocks = nnx.to_pure_dict(nnx.state(model.blocks))
+  kernels = {
+    name: {'kernel': part['kernel']}
+    for name, part in blocks.items()
+    if 'kernel' in part
+  }
+  plan = memory.plan(paper.make(1.0), kernels, gradients=None)
   return plan.bytes_per_param - 4
 
 
@@ -181,7 +186,8 @@ def told(
       reference = rows[REFERENCE]['losses']
       gap = quality.paired_gap(own['losses'], reference)
       own |= {'gap': gap.mean, 'standard_error': gap.standard_error}
-    ordered[name] = own | {'mean': float(np.mean(own['losses']))}
+    own['mean'] = float(np.mean(own['losses']))
+    ordered[name] = own | {'bytes': state_bytes(PAPERS[name], config)}
   return {
     'config': quality.kept(config),
     'seeds': list(range(seeds)),

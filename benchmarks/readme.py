@@ -11,7 +11,6 @@ import pathlib
 import re
 from typing import Any
 
-from contenders import CONTENDERS
 from contenders import REFERENCE
 from optax_mp import formats
 from published import OURS
@@ -53,6 +52,32 @@ FORMATS = [
   (formats.Affine(), 'half a step of the range', "MicroAdam's errors"),
   (formats.Factored(), 'rows x columns', 'second moments of matrices'),
 ]
+# What a method asks for, or is for; its numbers stand beside it.
+WHEN = {
+  'adamw_snsm': 'momentum in a subspace; `topk` rows need no SVD',
+  'fira': 'low rank, the rest of the gradient scaled alike; SVDs',
+  'galore': 'low rank; SVDs',
+  'apollo': 'random directions, no SVD',
+  'grass': 'rows; a run long enough to select most of them',
+  'adamw_sn': 'a second moment for each row',
+  'adam_mini': "AdamW's settings, a second moment for each neuron or head",
+  'came': 'momentum in full, rows and columns; warm-up',
+  'adalomo': 'rows and columns alone, in the backward pass',
+  'hfac': 'experimental: rank-1 momentum',
+  'micro_adam': 'sparse gradients with error feedback',
+  'lomo': 'SGD in the backward pass',
+}
+# Recipes of the README; the others are in the tables of benchmarks/README.md.
+MAIN = (
+  'optax.adamw, float32',
+  'optax.adamw, bfloat16',
+  'adamw_bf16',
+  'adamw_8bit',
+  'adamw_4bit',
+  'sgdm_8bit',
+  'lion_8bit',
+  'muon_8bit',
+)
 # Models and targets of `benchmarks/peak.py`.
 PEAKS = [('124M', 'h100'), ('124M', 'tpu-v5e'), ('7B', 'h100')]
 UPDATE_TARGETS = ('h100', 'tpu-v5e')
@@ -100,10 +125,9 @@ def recipes() -> str:
       _gap(quality[name]) if _has_gap(quality, name) else '',
       *(_peak(steps[model][target].get(name)) for model, target in PEAKS),
     ]
-    for name in CONTENDERS
-    if name == REFERENCE or CONTENDERS[name].reference != name
+    for name in MAIN
   ]
-  head = ['recipe, residual bits', 'B/param', 'loss, gap to float32']
+  head = ['recipe', 'B/param', 'loss, gap to float32']
   return _table(head + [f'{m}, {t}' for m, t in PEAKS], rows)
 
 
@@ -262,6 +286,56 @@ def speed() -> str:
   return _table(['contender', 'tokens/s', 'ratio', 'peak MB'], rows)
 
 
+def speed_h200() -> str:
+  """The same of a GPT of the size of GPT-2 on a GPU, with real peaks."""
+  folder = results.FOLDER / 'h200'
+  rows = [
+    [
+      f'`{name}`',
+      f'{row["tokens_per_second"]:,.0f}',
+      f'{row["ratio"]:.2f} ({row["ratio_p10"]:.2f}-{row["ratio_p90"]:.2f})',
+      f'{row["compiled_peak_bytes"] / 1e9:.2f}',
+      f'{row["device_peak_bytes"] / 1e9:.2f}',
+    ]
+    for name, row in results.load('speed', folder)['contenders'].items()
+  ]
+  head = ['contender', 'tokens/s', 'ratio', 'peak GB: compiled', 'measured']
+  return _table(head, rows)
+
+
+def papers() -> str:
+  """Papers' optimizers: state, loss beside AdamW's, and when."""
+  found = results.load('papers')['contenders']
+  names = sorted(WHEN, key=lambda name: found[name]['gap'])
+  rows = [
+    [
+      f'`{name}`',
+      f'{found[name]["bytes"]:.2f}',
+      _gap(found[name]),
+      WHEN[name],
+    ]
+    for name in names
+  ]
+  return _table(['optimizer', 'state, B', 'loss, gap to AdamW', 'when'], rows)
+
+
+def papers_found() -> str:
+  """All that was trained, with the rates that were found."""
+  rows = [
+    [
+      f'`{name}`',
+      f'{row["bytes"]:.2f}',
+      f'{row["learning_rate"]:g}' + ('' if row['bracketed'] else ' (an end)'),
+      f'{len(row["search"])}',
+      f'{row["mean"]:.4f}',
+      _gap(row),
+    ]
+    for name, row in results.load('papers')['contenders'].items()
+  ]
+  head = ['optimizer', 'state, B', 'rate', 'of', 'loss', 'gap']
+  return _table(head, rows)
+
+
 def published() -> str:
   """What others say of theirs."""
   rows = [
@@ -272,7 +346,7 @@ def published() -> str:
 
 
 PAGES = {
-  ROOT / 'README.md': (headline, recipes, kept),
+  ROOT / 'README.md': (headline, recipes, papers, kept),
   ROOT / 'benchmarks' / 'README.md': (
     demo,
     update,
@@ -282,8 +356,10 @@ PAGES = {
     quality,
     moments,
     decays,
+    papers_found,
     tracking,
     speed,
+    speed_h200,
     published,
   ),
 }

@@ -12,7 +12,15 @@ import jax
 from matplotlib import figure
 
 FOLDER = pathlib.Path(__file__).parent / 'results'
-_PACKAGES = ('jax', 'jaxlib', 'optax', 'flax', 'libtpu', 'jax-cuda12-plugin')
+_PACKAGES = (
+  'jax',
+  'jaxlib',
+  'optax',
+  'flax',
+  'libtpu',
+  'jax-cuda12-plugin',
+  'jax-cuda13-plugin',
+)
 
 
 def conditions() -> dict[str, Any]:
