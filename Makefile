@@ -8,8 +8,9 @@ export JAX_PLATFORMS := cpu
 demo: .venv/examples
 	$(BIN)/python examples/demo.py
 
-test: .venv/test lint doctest
-	$(BIN)/pytest -n 2 --dist worksteal -q
+# With the examples of the docstrings, which `make doctest` runs alone.
+test: .venv/test lint
+	$(BIN)/pytest -n 2 --dist worksteal -q --doctest-modules optax_mp tests
 
 lint: .venv/test
 	$(BIN)/ruff check .

@@ -118,13 +118,17 @@ def main(argv: list[str] | None = None) -> float:
   )
   batches = len(images) // BATCH
   model = Model(jnp.dtype(half))
-  rest = model.init(jax.random.key(SEED), images[:1])['params']
+  rest = jax.jit(model.init)(jax.random.key(SEED), images[:1])['params']
   rest: Any = optax.tree.cast(rest, jnp.dtype(half))
   stack = rest.pop('blocks')
   step = make_step(jnp.dtype(half), arguments.epochs * batches)
   carry = rest, stack, step.init(rest, stack)
   if half == 'float16':
-    carry += (dynamic_scale.DynamicScale(growth_interval=100),)
+    carry += (
+      dynamic_scale.DynamicScale(
+        growth_interval=100, fin_steps=jnp.int32(0), scale=jnp.float32(65536.0)
+      ),
+    )
   train = make_train(step, half)
 
   @jax.jit

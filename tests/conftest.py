@@ -14,6 +14,8 @@ import jax  # noqa: E402, which reads them
 from jax.sharding import AxisType  # noqa: E402
 import pytest  # noqa: E402
 
+import quick  # noqa: E402
+
 
 @pytest.fixture
 def strict():
@@ -22,6 +24,13 @@ def strict():
     jax.numpy_dtype_promotion('strict'),
     jax.numpy_rank_promotion('raise'),
   ):
+    yield
+
+
+@pytest.fixture
+def quickly():
+  """What is tested says `.compile()` itself, and does so in a hurry."""
+  with quick.ahead():
     yield
 
 

@@ -16,6 +16,7 @@ import pytest
 import optax_mp
 from optax_mp import checkpoint
 from optax_mp import memory
+import quick
 import tables
 
 BF16 = jnp.bfloat16
@@ -135,15 +136,10 @@ def step_fn(tx, **extra):
   return step
 
 
-def quick_jit(fn):
-  """Without LLVM's optimizations: compiling takes half, running nothing."""
-  return jax.jit(fn, compiler_options={'xla_backend_optimization_level': 0})
-
-
 def once(fn):
   """Fails if ``fn`` is traced a second time."""
   chex.clear_trace_counter()
-  return quick_jit(chex.assert_max_traces(fn, n=1))
+  return quick.jit(chex.assert_max_traces(fn, n=1))
 
 
 # Shapes, dtypes and bytes: traced only, nothing is compiled.
@@ -322,7 +318,7 @@ def minimize(tx, dtype, targets):
 
   start = {name: START[name] for name in targets}
   start = jax.tree.map(lambda x: jnp.asarray(x, dtype), start)
-  return quick_jit(train)(start)
+  return quick.jit(train)(start)
 
 
 @pytest.mark.parametrize('optimizer', tables.OPTIMIZERS)
@@ -422,7 +418,7 @@ def test_schedule_equals_float_and_compiles_once(optimizer, wrapper):
   for lr in (rate, optax.constant_schedule(rate)):
     tx = make(optimizer, wrapper, lr=lr)
     step = once(step_fn(tx, unexpected=1))
-    carry = params, jax.jit(tx.init)(params)
+    carry = params, quick.jit(tx.init)(params)
     for seed in range(10):
       carry = step(*carry, gradients_of(params, seed))
     ends.append(checkpoint.to_float32(*carry)['kernel'])
@@ -716,7 +712,7 @@ def test_apply_if_finite(place, bad):
 
 @functools.cache
 def guarded_step(place):
-  return quick_jit(step_fn(GUARDED[place]()))
+  return quick.jit(step_fn(GUARDED[place]()))
 
 
 def guarded(state):

@@ -14,6 +14,7 @@ import pytest
 import backward_linen
 import demo
 from optax_mp import memory
+import quick
 import train_gpt
 
 SMALL = train_gpt.Config(
@@ -33,9 +34,30 @@ def _config(**changes):
   return dataclasses.replace(SMALL, **changes)
 
 
+# Compared to the last bit, and so compiled as for everybody.
+EXACT = [
+  _config(optimizer=optimizer, update=update)
+  for optimizer in train_gpt.OPTIMIZERS
+  for update in ('fused', 'separate')
+]
+
+
+def _quickly(*args):
+  with quick.ahead():
+    return train_gpt.compile_donated(*args)
+
+
 @functools.cache
 def _setup(config):
-  return train_gpt.setup(config)
+  compiler = None if config in EXACT else _quickly
+  built = train_gpt.setup(config, compiler=compiler)
+  return built._replace(validate=_validate())
+
+
+@functools.cache
+def _validate():
+  """One for all: neither optimizer nor update is in it."""
+  return quick.jit(train_gpt.loss_of(SMALL))
 
 
 def _train(config):
@@ -179,6 +201,7 @@ def test_own_text(tmp_path):
   assert losses[60] < 0.8 * losses[1]  # claim: it learns so simple a text
 
 
+@pytest.mark.usefixtures('quickly')
 def test_demo_writes_plot_and_numbers(tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(train_gpt, 'Config', lambda **kw: _config(**kw))
   few = ('adamw_fp32', 'recomputed', 'in_backward')

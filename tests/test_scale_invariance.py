@@ -18,6 +18,7 @@ import pytest
 import optax_mp
 from optax_mp import checkpoint
 from optax_mp import formats
+import quick
 
 SHAPE = (32, 128)
 COUNTS = np.arange(50)
@@ -41,7 +42,7 @@ def departures(make, scales):
     and how far from those of another seed, the noise of rounding.
   """
 
-  @functools.partial(jax.jit, static_argnums=0)
+  @functools.partial(quick.jit, static_argnums=0)
   def train(seed, scale):
     tx = make(seed=seed)
 

@@ -12,6 +12,7 @@ import optax
 import pytest
 
 from optax_mp import backward
+import quick
 import stacks
 
 LAYERS, WIDTH = 3, 4
@@ -149,7 +150,7 @@ def test_the_layers_need_neither_trained_inputs_nor_a_loss():
   for each in (loss_fn, detached):
     step = backward.fused_step(each, layer, tx)
     state = step.init(REST, STACK)
-    _, stack, _, _ = jax.jit(step)(REST, STACK, state, X)
+    _, stack, _, _ = quick.jit(step)(REST, STACK, state, X)
     chex.assert_trees_all_close(stack['w'], 0.5 * STACK['w'], rtol=1e-6)
 
   def frozen_inputs(rest, blocks, x):
@@ -189,7 +190,7 @@ def test_adam_on_one_layer_and_rest_alone():
   step = backward.fused_step(loss_fn, layer, optax.adam(1e-2))
   stack = jax.tree.map(lambda x: x[:1], STACK)
   rest, state = {}, step.init({}, stack)
-  train, losses = jax.jit(step), []
+  train, losses = quick.jit(step), []
   for _ in range(30):
     rest, stack, state, loss = train(rest, stack, state, X)
     losses.append(loss)
@@ -319,7 +320,7 @@ def test_models_that_are_none(changes, message):
   step = backward.fused_step(**options)
   state = step.init(REST, STACK)
   with pytest.raises(ValueError, match=message):
-    jax.jit(step)(REST, STACK, state, X)
+    quick.jit(step)(REST, STACK, state, X)
 
 
 def test_states_and_stacks_of_another_step():

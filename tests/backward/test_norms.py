@@ -10,6 +10,7 @@ import pytest
 
 import optax_mp
 from optax_mp import backward
+import quick
 import stacks
 
 CLOSE = {'rtol': 1e-6, 'atol': 1e-7}  # derived: 8 float32 ulps
@@ -40,8 +41,8 @@ def test_exact_clips_like_optax():
   tx = optax.chain(optax.clip_by_global_norm(NORM), adamw())
   params = carry[:2]
   state, norms = tx.init(params), []
-  train, train_ordinary = jax.jit(step), jax.jit(stacks.ordinary(tx))
-  gradients = jax.jit(jax.grad(stacks.plain_loss))
+  train, train_ordinary = quick.jit(step), quick.jit(stacks.ordinary(tx))
+  gradients = quick.jit(jax.grad(stacks.plain_loss))
   for _ in range(50):
     norms.append(optax.tree.norm(gradients(params, *model.batch)))
     *carry, loss = train(*carry, *model.batch)
@@ -57,8 +58,8 @@ def test_previous_clips_by_the_norm_of_the_last_step():
   step = fused(optax.sgd(0.5), max_norm=NORM, norm_mode='previous')
   carry, model = start(step)
   params, last = carry[:2], 0.0
-  train = jax.jit(step)
-  gradients_of = jax.jit(jax.grad(stacks.plain_loss))
+  train = quick.jit(step)
+  gradients_of = quick.jit(jax.grad(stacks.plain_loss))
   for i in range(8):
     gradients = gradients_of(params, *model.batch)
     factor = 1.0 if last < NORM else NORM / last
@@ -98,7 +99,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(bad, options):
     loss_fn, block_fn, tx, skip_nonfinite=True, **options
   )
   carry, model = start(step, jnp.bfloat16)
-  train = jax.jit(step)
+  train = quick.jit(step)
   fine = jnp.zeros(stacks.LAYERS)
   carry = train(*carry, *model.batch, fine)[:3]
   *after, loss = train(*carry, *model.batch, fine.at[1].set(bad))
@@ -124,7 +125,7 @@ def test_a_gradient_of_the_rest_that_is_not_finite_changes_nothing():
     loss_fn, stacks.block_fn, adamw(), skip_nonfinite=True
   )
   carry, model = start(step)
-  *after, loss = jax.jit(step)(*carry, *model.batch, 0.0)
+  *after, loss = quick.jit(step)(*carry, *model.batch, 0.0)
   assert np.isfinite(loss)
   skipped = carry[2]._replace(total_notfinite=carry[2].total_notfinite + 1)
   chex.assert_trees_all_equal(tuple(after), (*carry[:2], skipped))
@@ -134,7 +135,7 @@ def test_a_norm_that_is_not_finite_is_not_kept():
   """Else 'previous' would clip everything away from then on."""
   step = fused(optax.sgd(0.0), max_norm=NORM, norm_mode='previous')
   carry, model = start(step)
-  train = jax.jit(step)
+  train = quick.jit(step)
   carry = train(*carry, *model.batch)[:3]
   norm = carry[2].last_norm
   assert norm > 0
@@ -147,7 +148,7 @@ def test_a_scaled_loss_trains_like_another(options):
   """Exact for a power of two: the loss, and what is learned of it."""
   step = fused(adamw(), **options)
   carry, model = start(step)
-  train = jax.jit(step)
+  train = quick.jit(step)
   *plain, loss = train(*carry, *model.batch)
   *scaled, scaled_loss = train(*carry, *model.batch, loss_scale=2.0**12)
   assert loss == scaled_loss
@@ -170,7 +171,7 @@ def test_what_float16_would_lose_reaches_the_optimizer():
   args = (rest, stack, step.init(rest, stack), jnp.ones((4,), jnp.float16))
   masters = []
   for scale in (None, 2.0**14):
-    _, new, state, _ = jax.jit(step)(*args, loss_scale=scale)
+    _, new, state, _ = quick.jit(step)(*args, loss_scale=scale)
     masters.append(optax_mp.checkpoint.to_float32(new, state.stack)['w'])
   np.testing.assert_array_equal(masters[0], 1)
   np.testing.assert_allclose(masters[1], 1 - 1e-3, rtol=1e-6)

@@ -15,6 +15,7 @@ import pytest
 
 import optax_mp
 from optax_mp import backward
+import quick
 
 LAYERS, WIDTH, WIDE, BATCH = 3, 16, 32, 16
 BF16 = jnp.bfloat16
@@ -83,7 +84,7 @@ def make(name, mesh=None):
 def on_one_device(name):
   step = make(name)
   rest, stack, x = jax.tree.map(jnp.asarray, host(TXS[name][1]))
-  state, step_fn = step.init(rest, stack), jax.jit(step)
+  state, step_fn = step.init(rest, stack), quick.jit(step)
   for _ in range(3):
     rest, stack, state, loss = step_fn(rest, stack, state, x)
   return rest, stack, loss
@@ -118,7 +119,7 @@ def test_equals_one_device_and_stays(name, spec, mesh):
   state = step.init(rest, stack)
   mu = optax.tree.get(state.stack, 'mu')
   assert lies_like(mu, stack)
-  step_fn = jax.jit(step).lower(rest, stack, state, x).compile()
+  step_fn = quick.jit(step).lower(rest, stack, state, x).compile()
   new = rest, stack, state
   for _ in range(3):  # it would not take arguments that lie elsewhere
     *new, loss = step_fn(*new, x)
@@ -148,7 +149,7 @@ def test_gradients_are_reduced_inside_the_loop(spec):
   block = functools.partial(block_fn, mesh=mesh)
   step = backward.fused_step(loss_fn, block, optax.adamw(1e-2))
   state = step.init(rest, stack)
-  compiled = jax.jit(step, donate_argnums=(0, 1, 2)).lower(
+  compiled = quick.jit(step, donate_argnums=(0, 1, 2)).lower(
     rest, stack, state, x
   )
   text = compiled.compile().as_text()

@@ -12,6 +12,7 @@ import optax_mp
 from optax_mp import backward
 from optax_mp import formats
 from optax_mp import memory
+import quick
 import stacks
 import tables
 
@@ -115,9 +116,9 @@ def test_any_transformation_that_treats_layers_alike(name):
   """
   tx = WRAPPED[name]()
   model = stacks.model(BF16 if name in NOISY else jnp.float32)
-  params, state, _ = train(fused(tx), model, steps=3)
+  params, state, _ = train(fused(tx), model, steps=3, jit=quick.jit)
   init, step = stacks.by_layer(tx)
-  step = jax.jit(step)
+  step = quick.jit(step)
   expected = model.rest, model.stack
   expected_state = init(expected)
   for _ in range(3):
@@ -150,7 +151,7 @@ def test_layers_have_their_own_noise():
   # A step by half of what separates 1 from the next smaller bfloat16.
   tx = optax_mp.compensated(optax.sgd(2.0**-9 / size), 0)
   step = backward.fused_step(loss_fn, block_fn, tx)
-  scaled = jax.jit(lambda *args: step(*args))
+  scaled = quick.jit(lambda *args: step(*args))
   rest, stack, _, _ = scaled(rest, stack, step.init(rest, stack))
   down = [np.asarray(x < 1) for x in (*stack['w'],)]
   for each in down:
@@ -175,7 +176,7 @@ def test_a_stack_has_other_noise_than_another_and_than_the_rest():
   step = backward.fused_step(loss_fn, {'a': block_fn, 'b': block_fn}, tx)
   ones = jnp.ones((2, size), BF16)
   rest, stack = {'w': ones[0]}, {'a': {'w': ones}, 'b': {'w': ones}}
-  rest, stack, _, _ = jax.jit(step)(rest, stack, step.init(rest, stack))
+  rest, stack, _, _ = quick.jit(step)(rest, stack, step.init(rest, stack))
   rows = [rest['w'], *stack['a']['w'], *stack['b']['w']]
   rows = np.stack([np.asarray(x, np.float32) for x in rows])
   assert len(np.unique(rows, axis=0)) == 5
@@ -186,7 +187,7 @@ def test_nothing_is_compiled_twice_and_types_stay():
   step = fused(exact_bf16(), max_norm=1.0, skip_nonfinite=True)
   model = stacks.model(BF16)
   chex.clear_trace_counter()
-  step_fn = jax.jit(chex.assert_max_traces(lambda *x: step(*x), n=1))
+  step_fn = quick.jit(chex.assert_max_traces(lambda *x: step(*x), n=1))
   carry = (model.rest, model.stack, step.init(model.rest, model.stack))
   for _ in range(3):
     *new, _ = step_fn(*carry, *model.batch)
@@ -206,18 +207,18 @@ def test_under_scan_vmap_and_strict_promotion(strict):
 
     return jax.lax.scan(body, (rest, stack, state), length=2)
 
-  expected, _, losses = train(step, model, steps=2)
-  (*found, _), scanned = jax.jit(many)(model.rest, model.stack, state)
+  expected, _, losses = train(step, model, steps=2, jit=quick.jit)
+  (*found, _), scanned = quick.jit(many)(model.rest, model.stack, state)
   chex.assert_trees_all_close(tuple(found), expected, **CLOSE)
   np.testing.assert_allclose(scanned, losses, rtol=1e-6)
   two = jax.tree.map(
     lambda x: jnp.stack([x, x]), (model.rest, model.stack, state)
   )
-  (*found, _), _ = jax.jit(jax.vmap(many))(*two)
+  (*found, _), _ = quick.jit(jax.vmap(many))(*two)
   second = jax.tree.map(lambda x: x[1], tuple(found))
   chex.assert_trees_all_close(second, expected, **CLOSE)
   rest, stack, _, _ = step(model.rest, model.stack, state, *model.batch)
-  once, *_ = train(step, model, steps=1)
+  once, *_ = train(step, model, steps=1, jit=quick.jit)
   chex.assert_trees_all_close((rest, stack), once, **CLOSE)
 
 
@@ -258,6 +259,6 @@ def test_noise_of_optax_is_other_noise_in_each_layer():
   state = step.init(rest, stack)
   seen = []
   for _ in range(2):
-    rest, stack, state, _ = jax.jit(step)(rest, stack, state)
+    rest, stack, state, _ = quick.jit(step)(rest, stack, state)
     seen += [*np.asarray(stack['w']), np.asarray(rest['w'])]
   assert len(np.unique(np.round(seen, 5), axis=0)) == len(seen)

@@ -27,6 +27,7 @@ TINY = dataclasses.replace(
   validation_batches=2,
 )
 NAMES = ['optax.adamw, float32', 'adamw_bf16']
+pytestmark = pytest.mark.usefixtures('quickly')
 
 
 _real = quality.build  # before a test puts `_build` in its place

@@ -4,6 +4,7 @@
 import dataclasses
 import functools
 
+import pytest
 from rich import progress
 
 from contenders import CONTENDERS
@@ -13,6 +14,7 @@ import results
 import speed
 
 SIZES = {'layers': 1, 'width': 64, 'heads': 2, 'context': 16, 'batch': 2}
+pytestmark = pytest.mark.usefixtures('quickly')
 TINY = dataclasses.replace(speed.SMALL, **SIZES)
 
 
