@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+import quick
+
 FOLDER = pathlib.Path(__file__).parent / 'vectors'
 # kind: derived. Five times and more what another float32 program was away; of
 # states relative to the largest of an array.
@@ -62,7 +64,7 @@ def array(x):
 def run(tx, params, grads, **extra):
   """Yields (parameters, state) after each step, compiled once."""
 
-  @jax.jit
+  @quick.jit
   @chex.assert_max_traces(n=1)
   def step(params, state, g):
     updates, state = tx.update(g, state, params, **extra)
