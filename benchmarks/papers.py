@@ -70,7 +70,8 @@ def search(
   """
   found = {0: loss_at(0)}
   while len(found) < most:
-    best = min(found, key=lambda step: (found[step], abs(step)))
+    # Of equal losses, or of none, the smallest rate.
+    best = min(found, key=lambda step: (found[step], step))
     todo = [step for step in (best - 1, best + 1) if step not in found]
     if not todo:
       break
