@@ -66,7 +66,6 @@ WHEN = {
   'adam_mini': "AdamW's settings, a second moment for each neuron or head",
   'came': 'momentum in full, rows and columns; warm-up',
   'adalomo': 'rows and columns alone, in the backward pass',
-  'hfac': 'experimental: rank-1 momentum',
   'micro_adam': 'sparse gradients with error feedback',
   'lomo': 'SGD in the backward pass',
 }
@@ -79,7 +78,6 @@ MAIN = (
   'adamw_4bit',
   'sgdm_8bit',
   'lion_8bit',
-  'muon_8bit',
 )
 # Models and targets of `benchmarks/peak.py`.
 PEAKS = [('124M', 'h100'), ('124M', 'tpu-v5e'), ('7B', 'h100')]
