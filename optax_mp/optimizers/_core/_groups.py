@@ -85,3 +85,30 @@ def alias(
 def own(adam_learning_rate: Any, learning_rate: Any) -> Any:
   """The learning rate of leaves that AdamW has: their own, if they have one."""
   return learning_rate if adam_learning_rate is None else adam_learning_rate
+
+
+def with_rates(
+  method: optax.GradientTransformation,
+  other: optax.GradientTransformation,
+  step: Callable[..., optax.GradientTransformation],
+  learning_rates: tuple[Any, Any],
+  decay: tuple[Any, Any],
+  matrices: Matrices = None,
+) -> optax.GradientTransformationExtraArgs:
+  """As :func:`alias`, with one kind of step for both, each at its own rate.
+
+  Args:
+    method: scales gradients of ``matrices``.
+    other: and those of the rest.
+    step: of a learning rate and of ``decay``, such as
+      ``_adam.decay_before_step``.
+    learning_rates: of ``method`` and of ``other``, where None is the first.
+    decay: of weights, and the mask of what decays.
+    matrices: see :func:`alias`.
+
+  Returns:
+    A transformation.
+  """
+  rate, other_rate = learning_rates
+  other_step = step(own(other_rate, rate), *decay)
+  return alias(method, step(rate, *decay), matrices, other, other_step)
