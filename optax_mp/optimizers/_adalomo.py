@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import chex
 import jax
-from jax import lax
 import jax.numpy as jnp
 import optax
 
@@ -70,20 +69,8 @@ def scale_by_adalomo(
   _checks.not_negative(eps2=eps2)
 
   def init_fn(params):
-    def tree(make, factored):
-      return jax.tree.map(
-        lambda p: make(p) if _is_matrix(p) is factored else NOTHING, params
-      )
-
-    def rows(p):
-      return _factored.zero_rows(p, _factored.trailing_ones(p.shape))
-
-    def cols(p):
-      return _factored.zero_cols(p, _factored.trailing_ones(p.shape))
-
-    count = jnp.zeros((), jnp.int32)
-    nu = tree(_trees.zeros, False)
-    return ScaleByAdalomoState(count, nu, tree(rows, True), tree(cols, True))
+    squares = _factored.zeros(params, _is_matrix)
+    return ScaleByAdalomoState(jnp.zeros((), jnp.int32), *squares)
 
   def update_fn(updates, state, params=None):
     _trees.check_params(params)
@@ -92,7 +79,7 @@ def scale_by_adalomo(
 
     def leaf(g, nu, row, col, w):
       u, *squares = _normalized(g, nu, row, col, b, eps1)
-      u = u / jnp.maximum(1.0, _factored.rms_of_matrices(u) / clip_threshold)
+      u = _factored.clip_by_rms(u, clip_threshold, per_slice=True)
       return _scale(w, eps2) * u, *squares
 
     updates, *squares = _trees.map_leaves(leaf, updates, state[1:], params)
@@ -189,9 +176,10 @@ def adalomo(
   **Caveats:** a matrix of zeros moves by at most eta * eps2 * d a step, root
   mean square. For a bound on the global norm ``fused_step`` has ``max_norm``.
   Leading axes are batch axes: of a convolution the last two should be its
-  channels, as in Flax, but last axes of length 1 do not count. A stack of
-  vectors (L, n) looks like one matrix here, and like L vectors in
-  ``fused_step``: ``matrices`` keeps it out of both.
+  channels, as in Flax, but two or more last axes of length 1 do not count,
+  those of PyTorch's 1x1 kernels. A stack of vectors (L, n) looks like one
+  matrix here, and like L vectors in ``fused_step``: ``matrices`` keeps it out
+  of both.
 
   References:
     Lv et al., `AdaLomo: Low-memory Optimization with Adaptive Learning Rate
@@ -217,12 +205,11 @@ def _normalized(g, nu, row, col, b, eps1):
   if not _is_matrix(g):
     nu = _factored.decay(square, nu, b)
     return g / jnp.sqrt(nu), nu, NOTHING, NOTHING
-  ones = tuple(range(g.ndim - _factored.trailing_ones(g.shape), g.ndim))
-  square = lax.squeeze(square, ones)
+  square = _factored.squeezed(square)
   row = _factored.decay(jnp.mean(square, axis=-1), row, b)
   col = _factored.decay(jnp.mean(square, axis=-2), col, b)
-  u = _factored.normalized(lax.squeeze(g, ones), row, col)
-  return lax.expand_dims(u, ones), NOTHING, row, col
+  u = _factored.normalized(_factored.squeezed(g), row, col)
+  return _factored.expanded(u, g), NOTHING, row, col
 
 
 def _scale(w, eps2):

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 import chex
 import jax
-from jax import lax
 import jax.numpy as jnp
 import optax
 
+from optax_mp.formats import _base
 from optax_mp.optimizers._core import _adam
 from optax_mp.optimizers._core import _checks
 from optax_mp.optimizers._core import _factored
@@ -40,10 +40,10 @@ def scale_by_came(
   b1: chex.Numeric = 0.9,
   b2: chex.Numeric = 0.999,
   b3: chex.Numeric = 0.9999,
-  eps1: float = 1e-30,
-  eps2: float = 1e-16,
-  clip_threshold: float = 1.0,
   *,
+  eps1: chex.Numeric = 1e-30,
+  eps2: chex.Numeric = 1e-16,
+  clip_threshold: chex.Numeric = 1.0,
   min_dim_size_to_factor: int = 1,
   per_slice_clip: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
@@ -76,31 +76,22 @@ def scale_by_came(
   """
   _checks.positive(eps1=eps1, eps2=eps2, clip_threshold=clip_threshold)
   _checks.decays(b1=b1, b2=b2, b3=b3)
+  _checks.whole(min_dim_size_to_factor=min_dim_size_to_factor)
+  _base.check_static(per_slice_clip, 'per_slice_clip')
 
   def factored(p):
-    matrix = p.shape[: p.ndim - _factored.trailing_ones(p.shape)]
-    return _factored.is_factored(matrix, min_dim_size_to_factor)
+    return _factored.is_factored(p.shape, min_dim_size_to_factor)
 
   def init_fn(params):
-    def tree(make, wanted=True):
-      return jax.tree.map(
-        lambda p: make(p) if factored(p) is wanted else NOTHING, params
-      )
-
-    def rows(p):
-      return _factored.zero_rows(p, _factored.trailing_ones(p.shape))
-
-    def cols(p):
-      return _factored.zero_cols(p, _factored.trailing_ones(p.shape))
-
-    mu, nu = jax.tree.map(_trees.zeros, params), tree(_trees.zeros, False)
-    return ScaleByCameState(
-      mu, nu, tree(rows), tree(cols), tree(rows), tree(cols)
-    )
+    mu = jax.tree.map(_trees.zeros, params)
+    squares = _factored.zeros(params, factored)
+    _, *residuals = _factored.zeros(params, factored)
+    return ScaleByCameState(mu, *squares, *residuals)
 
   def whole(g, mu, nu):
     nu = _factored.decay(jnp.square(g) + eps1, nu, b2)
-    u = _factored.clip_by_rms(g / jnp.sqrt(nu), clip_threshold)
+    u = g / jnp.sqrt(nu)
+    u = _factored.clip_by_rms(u, clip_threshold, per_slice_clip)
     mu = _factored.decay(u, mu, b1)
     return mu, mu, nu
 
@@ -117,10 +108,9 @@ def scale_by_came(
   def leaf(g, mu, nu, *factors):
     if not factored(g):
       return *whole(g, mu, nu), *[NOTHING] * 4
-    ones = tuple(range(g.ndim - _factored.trailing_ones(g.shape), g.ndim))
-    g, mu = lax.squeeze(g, ones), lax.squeeze(mu, ones)
-    u, mu, *factors = by_factors(g, mu, *factors)
-    u, mu = lax.expand_dims(u, ones), lax.expand_dims(mu, ones)
+    matrices = _factored.squeezed(g), _factored.squeezed(mu)
+    u, mu, *factors = by_factors(*matrices, *factors)
+    u, mu = _factored.expanded(u, g), _factored.expanded(mu, g)
     return u, mu, NOTHING, *factors
 
   def update_fn(updates, state, params=None):
@@ -137,9 +127,9 @@ def came(
   b2: chex.Numeric = 0.999,
   b3: chex.Numeric = 0.9999,
   *,
-  eps1: float = 1e-30,
-  eps2: float = 1e-16,
-  clip_threshold: float = 1.0,
+  eps1: chex.Numeric = 1e-30,
+  eps2: chex.Numeric = 1e-16,
+  clip_threshold: chex.Numeric = 1.0,
   weight_decay: chex.Numeric = 0.0,
   mask: _adam.Mask = None,
   min_dim_size_to_factor: int = 1,
@@ -194,7 +184,8 @@ def came(
     A transformation.
 
   Raises:
-    ValueError: for a decay outside [0, 1), or an eps or threshold of 0.
+    ValueError: for a decay outside [0, 1), an eps or threshold of 0, or a
+      ``min_dim_size_to_factor`` below 1.
 
   Examples:
     >>> import jax.numpy as jnp
@@ -207,28 +198,43 @@ def came(
   **Savings:** half of Adam's state. More with the momentum in 8 bits,
   ``compressed(came(1e-4), {'mu': BlockInt(8)})``.
 
-  **Caveats:** with the default decays the first steps of a matrix are some ten
-  learning rates long: warm up. Leading axes are batch axes; of a convolution
-  the last two should be its channels, as in Flax. In PyTorch's order, (out, in,
-  3, 3), factors of 3 x 3 save nothing; last axes of length 1 do not count, so
-  that a 1x1 convolution is the matrix (out, in). Nothing here depends on how
-  many steps there were: there is no correction of bias.
+  **Caveats:** with the default decays the first five steps of a matrix are 11
+  to 17 learning rates long, root mean square: warm up. With
+  ``0.9, 0.95, 0.995`` they are below 2. Nothing here depends on how many steps
+  there were: there is no correction of bias.
+
+  Leading axes are batch axes, but by default a stack (L, m, n) is clipped as
+  one: then :func:`backward.fused_step`, which sees a layer at a time, takes
+  other steps than ``update`` does on the stack. With ``per_slice_clip=True``
+  both are the same. A stack of vectors (L, n) looks like one matrix in
+  ``update``, like L vectors in ``fused_step``: see ``matrices``.
+
+  Of a convolution the last two axes should be its channels, as in Flax. In
+  PyTorch's order, (out, in, 3, 3), factors of 3 x 3 save nothing; two or more
+  last axes of length 1 do not count, so that a 1x1 convolution, (out, in, 1,
+  1), is the matrix (out, in).
 
   References:
     Luo et al., `CAME: Confidence-guided Adaptive Memory Efficient Optimization
     <https://arxiv.org/abs/2307.02047>`_, 2023
   """
-  factored = {
-    'min_dim_size_to_factor': min_dim_size_to_factor,
-    'per_slice_clip': per_slice_clip,
-  }
-  own = _groups.own(adam_learning_rate, learning_rate)
-  return _groups.alias(
-    scale_by_came(b1, b2, b3, eps1, eps2, clip_threshold, **factored),
-    _adam.decay_before_step(learning_rate, weight_decay, mask),
-    matrices,
+  method = scale_by_came(
+    b1,
+    b2,
+    b3,
+    eps1=eps1,
+    eps2=eps2,
+    clip_threshold=clip_threshold,
+    min_dim_size_to_factor=min_dim_size_to_factor,
+    per_slice_clip=per_slice_clip,
+  )
+  return _groups.with_rates(
+    method,
     _adam.scale_by_adam(b1, b2),
-    _adam.decay_before_step(own, weight_decay, mask),
+    _adam.decay_before_step,
+    (learning_rate, adam_learning_rate),
+    (weight_decay, mask),
+    matrices,
   )
 
 

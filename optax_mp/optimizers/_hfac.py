@@ -7,8 +7,6 @@ Momentum and squares, both as rows and columns. Experimental.
 from typing import Any, NamedTuple
 
 import chex
-import jax
-from jax import lax
 import jax.numpy as jnp
 import optax
 
@@ -72,20 +70,10 @@ def scale_by_hfac(
   _checks.positive(eps=eps, clip_threshold=clip_threshold, adam_eps=adam_eps)
 
   def init_fn(params):
-    def tree(make, factored):
-      return jax.tree.map(
-        lambda p: make(p) if _is_matrix(p) is factored else NOTHING, params
-      )
-
-    def rows(p):
-      return _factored.zero_rows(p, _factored.trailing_ones(p.shape))
-
-    def cols(p):
-      return _factored.zero_cols(p, _factored.trailing_ones(p.shape))
-
-    moments = (tree(_trees.zeros, False) for _ in range(2))
-    factors = (tree(make, True) for make in (rows, cols, rows, cols))
-    return ScaleByHfacState(jnp.zeros((), jnp.int32), *moments, *factors)
+    mu, *mu_factors = _factored.zeros(params, _is_matrix)
+    nu, *nu_factors = _factored.zeros(params, _is_matrix)
+    count = jnp.zeros((), jnp.int32)
+    return ScaleByHfacState(count, mu, nu, *mu_factors, *nu_factors)
 
   def update_fn(updates, state, params=None):
     del params
@@ -97,11 +85,10 @@ def scale_by_hfac(
       if not _is_matrix(g):
         moments = _adam.adam_form(g, mu, nu, count, b1, b2, own_eps)
         return *moments, *[NOTHING] * 4
-      ones = tuple(range(g.ndim - _factored.trailing_ones(g.shape), g.ndim))
       u, *factors = _by_factors(
-        lax.squeeze(g, ones), factors, decays, eps, clip_threshold
+        _factored.squeezed(g), factors, decays, eps, clip_threshold
       )
-      return lax.expand_dims(u, ones), NOTHING, NOTHING, *factors
+      return _factored.expanded(u, g), NOTHING, NOTHING, *factors
 
     updates, *moments = _trees.map_leaves(leaf, updates, state[1:])
     return updates, ScaleByHfacState(count, *moments)
@@ -183,9 +170,9 @@ def hfac(
   **Caveats:** X is of the last gradient alone: momentum is kept of means of
   rows and columns only. r and s are sums and overflow before means would: with
   1e4 columns at gradients of 2e17. Leading axes are batch axes: of a
-  convolution the last two should be its channels, as in Flax, but last axes of
-  length 1 do not count. A stack of vectors (L, n) looks like one matrix: see
-  ``matrices``.
+  convolution the last two should be its channels, as in Flax, but two or more
+  last axes of length 1 do not count, those of PyTorch's 1x1 kernels. A stack of
+  vectors (L, n) looks like one matrix: see ``matrices``.
 
   References:
     Nguyen et al., `Memory-Efficient Optimization with Factorized Hamiltonian
@@ -194,14 +181,13 @@ def hfac(
   scale = scale_by_hfac(
     b1, b2, eps, clip_threshold=clip_threshold, adam_eps=adam_eps
   )
-  return _groups.alias(
+  return _groups.with_rates(
     scale,
-    _adam.decay_before_step(learning_rate, weight_decay, mask),
-    matrices,
     _adam.scale_by_adam(b1, b2, adam_eps),
-    _adam.decay_before_step(
-      _groups.own(adam_learning_rate, learning_rate), weight_decay, mask
-    ),
+    _adam.decay_before_step,
+    (learning_rate, adam_learning_rate),
+    (weight_decay, mask),
+    matrices,
   )
 
 

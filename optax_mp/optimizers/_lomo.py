@@ -27,7 +27,7 @@ def lomo(
   **Stored:** nothing, 0 bytes per parameter.
 
   .. math::
-    g = c \cdot \min(\max(G / s, -v), v), \quad
+    g = k \cdot \min(\max(G / s, -v), v), \quad
     u = -\eta g - \eta \lambda W
 
   That is ``optax.sgd``. What LOMO saves is the gradients, each used as soon as
@@ -46,7 +46,7 @@ def lomo(
 
   Returns:
     A transformation. Its ``update`` takes two more arguments, by name:
-    ``loss_scale``, s, what the loss was multiplied by; and ``clip_coef``, c,
+    ``loss_scale``, s, what the loss was multiplied by; and ``clip_coef``, k,
     for a global norm of at most ``x``, which the official code takes in a
     backward pass of its own before it clips any value:
     ``jnp.minimum(1.0, x / (optax.tree.norm(gradients) + 1e-6))``.
@@ -86,13 +86,12 @@ def lomo(
     Lv et al., `Full Parameter Fine-tuning for Large Language Models with
     Limited Resources <https://arxiv.org/abs/2306.09782>`_, 2023
   """
-  tx = _groups.alias(
+  tx = _groups.with_rates(
     optax.identity(),
-    _adam.decay_before_step(learning_rate, weight_decay, mask),
-    matrices,
     _adam.scale_by_adam(),
-    _adam.decay_before_step(
-      _groups.own(adam_learning_rate, learning_rate), weight_decay, mask
-    ),
+    _adam.decay_before_step,
+    (learning_rate, adam_learning_rate),
+    (weight_decay, mask),
+    matrices,
   )
   return _trees.in_float32(optax.chain(_clipping.prepared(clip_value), tx))

@@ -15,10 +15,10 @@ def prepared(
   r"""Divides by the scale of the loss, clips values, then scales for a norm.
 
   .. math::
-    g \leftarrow \min(\max(g / s, -v), v) \cdot c
+    g \leftarrow k \cdot \min(\max(g / s, -v), v)
 
-  ``update`` takes ``loss_scale=``, s, and ``clip_coef=``, c. They are known
-  outside alone: the norm that c stands for is of all gradients as they were
+  ``update`` takes ``loss_scale=``, s, and ``clip_coef=``, k. They are known
+  outside alone: the norm that k stands for is of all gradients as they were
   before, and a state that kept it would be a step behind.
 
   Args:

@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Second moments as rows times columns: what Adafactor's descendants share."""
 
+from collections.abc import Callable
 import math
+from typing import Any
 
 import chex
+import jax
 from jax import lax
 import jax.numpy as jnp
+import optax
 
 from optax_mp.optimizers._core import _trees
 
@@ -39,18 +43,8 @@ def normalized(g: chex.Array, row: chex.Array, col: chex.Array) -> chex.Array:
   return u * jnp.sqrt(mean)
 
 
-def rms(x: chex.Array, per_slice: bool = False) -> chex.Array:
-  """The root of the mean square, of all or of each matrix of a stack.
-
-  Args:
-    x: any shape.
-    per_slice: over the last two axes alone, which are kept with length 1.
-
-  Returns:
-    A scalar, or (..., 1, 1).
-  """
-  if per_slice and x.ndim > 2:
-    return jnp.sqrt(jnp.mean(jnp.square(x), axis=(-2, -1), keepdims=True))
+def rms(x: chex.Array) -> chex.Array:
+  """The root of the mean square of all of x, a scalar."""
   return jnp.sqrt(jnp.mean(jnp.square(x))) if x.size else jnp.zeros(())
 
 
@@ -58,7 +52,7 @@ def rms_of_matrices(x: chex.Array) -> chex.Array:
   """The root mean square of each matrix of a stack, or of a whole vector.
 
   Args:
-    x: any shape; last axes of length 1 after two others do not count.
+    x: any shape; what :func:`trailing_ones` counts is no axis.
 
   Returns:
     An array that broadcasts against ``x``.
@@ -73,42 +67,67 @@ def rms_of_matrices(x: chex.Array) -> chex.Array:
 def clip_by_rms(
   u: chex.Array, threshold: chex.Numeric, per_slice: bool = False
 ) -> chex.Array:
-  """``u / max(1, RMS(u) / threshold)``."""
-  return u / jnp.maximum(1.0, rms(u, per_slice) / threshold)
+  """``u / max(1, RMS(u) / threshold)``, of all or of each matrix of a stack."""
+  size = rms_of_matrices(u) if per_slice else rms(u)
+  return u / jnp.maximum(1.0, size / threshold)
 
 
-def zero_rows(p: chex.Array, squeezed: int = 0) -> chex.Array:
-  """(..., m) float32 zeros for a parameter of shape (..., m, n).
+def zeros(
+  params: optax.Params, is_matrix: Callable[[chex.Array], bool]
+) -> tuple[Any, Any, Any]:
+  """Float32 zeros for moments that matrices have as rows and columns.
 
   Args:
-    p: the parameter.
-    squeezed: so many last axes, of length 1, do not count.
+    params: the parameters.
+    is_matrix: which leaves those are.
 
   Returns:
-    An array, sharded like the axes of the parameter.
+    A tree of whole moments, for the other leaves; and trees of rows, (..., m),
+    and of columns, (..., n), sharded like the axes of the parameters.
   """
-  return _trees.zeros_along(p, range(p.ndim - squeezed - 1))
 
+  def last(p):
+    return p.ndim - trailing_ones(p.shape) - 1
 
-def zero_cols(p: chex.Array, squeezed: int = 0) -> chex.Array:
-  """(..., n) float32 zeros for a parameter of shape (..., m, n)."""
-  last = p.ndim - squeezed - 1
-  return _trees.zeros_along(p, [*range(last - 1), last])
+  def rows(p):
+    return _trees.zeros_along(p, range(last(p)))
+
+  def cols(p):
+    return _trees.zeros_along(p, [*range(last(p) - 1), last(p)])
+
+  def tree(make, wanted):
+    return jax.tree.map(
+      lambda p: make(p) if is_matrix(p) is wanted else _trees.NOTHING, params
+    )
+
+  return tree(_trees.zeros, False), tree(rows, True), tree(cols, True)
 
 
 def is_factored(shape: tuple[int, ...], min_dim_size: int = 1) -> bool:
   """True for two or more axes, the last two of at least ``min_dim_size``."""
   if len(shape) < 2 or not math.prod(shape):
     return False
+  shape = shape[: len(shape) - trailing_ones(shape)]
   return min(shape[-2:]) >= min_dim_size
 
 
 def trailing_ones(shape: tuple[int, ...]) -> int:
-  """How many last axes have length 1 after two others: those of a 1x1 kernel.
+  """How many last axes are those of a 1x1 kernel, in PyTorch's order.
 
-  In PyTorch's order of axes; (out, in, 1, 1) is the matrix (out, in).
+  (out, in, 1, 1) is the matrix (out, in). A single axis of length 1 is no
+  kernel: (L, m, 1) are L matrices.
   """
   count = 0
   while count < len(shape) - 2 and shape[-1 - count] == 1:
     count += 1
-  return count
+  return count if count > 1 else 0
+
+
+def squeezed(x: chex.Array) -> chex.Array:
+  """``x`` without the axes that :func:`trailing_ones` counts."""
+  return lax.squeeze(x, range(x.ndim - trailing_ones(x.shape), x.ndim))
+
+
+def expanded(x: chex.Array, like: chex.Array) -> chex.Array:
+  """``x`` with the axes again that ``like`` has and was squeezed of."""
+  return lax.expand_dims(x, range(x.ndim, like.ndim))
