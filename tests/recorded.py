@@ -111,7 +111,7 @@ def run_with_projectors(case, make):
         params[name].shape: array(leaf['ortho_matrix'])
         for name, leaf in case['steps'][t]['state'].items()
       }
-      tx = make(projector=lambda g, rank, bases=bases: bases[g.shape])
+      tx = make(projector=lambda g, rank, key, bases=bases: bases[g.shape])
       step = jax.jit(tx.update)
     state = tx.init(params) if state is None else state
     updates, state = step(g, state, params)

@@ -22,10 +22,10 @@ class ScaleByApolloState(NamedTuple):
   """Moments of a projection, and the norm of the scaled gradient."""
 
   count: chex.Array  # (), int32
-  rng_key: chex.PRNGKey  # (2,), uint32
+  rng_key: Any  # (2,), uint32, where projections are not of an SVD
   mu: optax.Updates  # (..., m, r), of wide leaves (..., r, n), float32
   nu: optax.Updates  # the same
-  basis: Any  # (..., r, n), of wide leaves (..., m, r), float32; if stored
+  projector: Any  # (..., r, n), of wide (..., m, r), float32; if stored
   norm: Any  # (...), float32: of S in the step before; 0 if there is none
 
 
@@ -91,6 +91,7 @@ def scale_by_apollo(
     return s if scale_front else root * s, norm
 
   kept: Any = {'stored': store_projection, 'limited': limiter, 'seed': seed}
+  kept |= {'known': ('random', 'svd')}
   return _low_rank.scale_by(
     ScaleByApolloState, rule, rank, gap, (b1, b2, eps), projector, **kept
   )
@@ -149,11 +150,12 @@ def apollo(
     b1: decay of M.
     b2: decay of V.
     eps: added to the root of V, before the correction of bias.
-    projector: ``'random'``, ``'svd'``, or a function of (gradient, r) that
-      returns P; r is no more than the shorter side.
+    projector: ``'random'``, normal entries as above, where the ``'random'`` of
+      :func:`adamw_snsm` is orthonormal; ``'svd'``; or a function of (gradient,
+      r, key) that returns P; r is no more than the shorter side.
     store_projection: keep P, 4 r min(m, n) bytes. Else it is drawn again each
       step, which only a random one can be.
-    seed: of random projections; they differ by leaf, layer and draw.
+    seed: of what is drawn, which differs by leaf, layer and time.
     weight_decay: lambda.
     mask: what to decay, see ``optax.adamw``.
     matrices: a tree of bools, or a function from parameters to one: what APOLLO
@@ -183,8 +185,9 @@ def apollo(
   the first gradient is far below eps / sqrt(1 - b2), as behind a layer that
   starts at zero, S stays tiny for long, and warming up does not help. A step
   without gradient starts p anew. Moments are kept when P changes. Each matrix
-  of a stack (L, m, n) has its own p and P; stacked vectors (L, n) look like a
-  matrix: leave them out of ``matrices``.
+  of a stack (L, m, n) has its own p and P, but under ``vmap(tx.init)`` and
+  ``vmap(tx.update)`` all layers have the same P, as they have the same key.
+  Stacked vectors (L, n) look like a matrix: leave them out of ``matrices``.
 
   References:
     Zhu et al., `APOLLO: SGD-like Memory, AdamW-level Performance

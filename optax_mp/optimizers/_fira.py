@@ -23,9 +23,10 @@ class ScaleByFiraState(NamedTuple):
   """
 
   count: chex.Array  # (), int32
+  rng_key: Any  # (2,), uint32, where a function makes the basis
   mu: optax.Updates  # (..., m, r), of wide leaves (..., r, n), float32
   nu: optax.Updates  # the same
-  basis: Any  # (..., r, n), of wide leaves (..., m, r), float32
+  projector: Any  # (..., r, n), of wide leaves (..., m, r), float32
   norm: Any  # (...), float32: of S in the step before; 0 if there is none
 
 
@@ -39,6 +40,7 @@ def scale_by_fira(
   eps: chex.Numeric = 1e-6,
   exact_complement: bool = False,
   projector: _bases.Projector = 'svd',
+  seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
   """The scaled step of :func:`fira`, without its learning rate.
 
@@ -51,6 +53,7 @@ def scale_by_fira(
     eps: added to the root of the second.
     exact_complement: or what is left after ``scale`` of the projection.
     projector: makes the basis.
+    seed: of the keys that it gets.
 
   Returns:
     A transformation. All leaves with two or more axes are projected.
@@ -75,7 +78,7 @@ def scale_by_fira(
     return scale * _bases.back(n, basis, g) + scaled, norm
 
   return _low_rank.scale_by(
-    ScaleByFiraState, rule, rank, gap, (b1, b2, eps), projector
+    ScaleByFiraState, rule, rank, gap, (b1, b2, eps), projector, seed=seed
   )
 
 
@@ -90,6 +93,7 @@ def fira(
   eps: chex.Numeric = 1e-6,
   exact_complement: bool = False,
   projector: _bases.Projector = 'svd',
+  seed: int = 0,
   weight_decay: chex.Numeric = 0.0,
   mask: _adam.Mask = None,
   matrices: _groups.Matrices = _groups.hidden_matrices,
@@ -131,9 +135,10 @@ def fira(
     exact_complement: S from G - x P, what is orthogonal to the subspace. The
       official code takes alpha x P away, and so leaves the larger part of the
       gradient inside the subspace in S; so does the default.
-    projector: ``'svd'``, or a function of (gradient, r) that returns P, for
-      cheaper decompositions: (..., r, n) for a gradient (..., m, n) with
+    projector: ``'svd'``, or a function of (gradient, r, key) that returns P,
+      for cheaper decompositions: (..., r, n) for a gradient (..., m, n) with
       m >= n, else (..., m, r); r is no more than the shorter side.
+    seed: of the keys for such a function, one for each leaf and time.
     weight_decay: lambda.
     mask: what to decay, see ``optax.adamw``.
     matrices: a tree of bools, or a function from parameters to one, such as
@@ -173,6 +178,7 @@ def fira(
     Low-rank Constraint? <https://arxiv.org/abs/2410.01623>`_, 2024
   """
   own: Any = {'exact_complement': exact_complement, 'projector': projector}
+  own |= {'seed': seed}
   return _low_rank.alias(
     scale_by_fira(rank, gap, scale, b1=b1, b2=b2, eps=eps, **own),
     learning_rate,

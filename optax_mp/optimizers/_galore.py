@@ -22,11 +22,10 @@ class ScaleByGaloreState(NamedTuple):
   """
 
   count: chex.Array  # (), int32
-  mu: (
-    optax.Updates
-  )  # (..., m, r) for tall leaves, (..., r, n) for wide, float32
+  rng_key: Any  # (2,), uint32, where a function makes the basis
+  mu: optax.Updates  # (..., m, r), of wide leaves (..., r, n), float32
   nu: optax.Updates  # the same
-  basis: Any  # (..., r, n), of wide leaves (..., m, r), float32
+  projector: Any  # (..., r, n), of wide leaves (..., m, r), float32
 
 
 def scale_by_galore(
@@ -38,6 +37,7 @@ def scale_by_galore(
   b2: chex.Numeric = 0.999,
   eps: chex.Numeric = 1e-6,
   projector: _bases.Projector = 'svd',
+  seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
   """The scaled step of :func:`galore`, without its learning rate.
 
@@ -49,6 +49,7 @@ def scale_by_galore(
     b2: decay of the second.
     eps: added to the root of the second.
     projector: makes the basis.
+    seed: of the keys that it gets.
 
   Returns:
     A transformation. All leaves with two or more axes are projected.
@@ -61,9 +62,9 @@ def scale_by_galore(
     >>> from optax_mp import optimizers
     >>> params = {'tall': jnp.ones((16, 8)), 'wide': jnp.ones((8, 16))}
     >>> state = optimizers.scale_by_galore(rank=4).init(params)
-    >>> state.mu['tall'].shape, state.basis['tall'].shape
+    >>> state.mu['tall'].shape, state.projector['tall'].shape
     ((16, 4), (4, 8))
-    >>> state.mu['wide'].shape, state.basis['wide'].shape
+    >>> state.mu['wide'].shape, state.projector['wide'].shape
     ((4, 16), (8, 4))
   """
 
@@ -72,7 +73,7 @@ def scale_by_galore(
     return scale * _bases.back(n, basis, g), norm
 
   return _low_rank.scale_by(
-    ScaleByGaloreState, rule, rank, gap, (b1, b2, eps), projector
+    ScaleByGaloreState, rule, rank, gap, (b1, b2, eps), projector, seed=seed
   )
 
 
@@ -86,6 +87,7 @@ def galore(
   b2: chex.Numeric = 0.999,
   eps: chex.Numeric = 1e-6,
   projector: _bases.Projector = 'svd',
+  seed: int = 0,
   weight_decay: chex.Numeric = 0.0,
   mask: _adam.Mask = None,
   matrices: _groups.Matrices = _groups.hidden_matrices,
@@ -119,9 +121,10 @@ def galore(
     b1: decay of M.
     b2: decay of V.
     eps: added to the root of V, before the correction of bias.
-    projector: ``'svd'``, or a function of (gradient, r) that returns P, for
-      cheaper decompositions: (..., r, n) for a gradient (..., m, n) with
+    projector: ``'svd'``, or a function of (gradient, r, key) that returns P,
+      for cheaper decompositions: (..., r, n) for a gradient (..., m, n) with
       m >= n, else (..., m, r); r is no more than the shorter side.
+    seed: of the keys for such a function, one for each leaf and time.
     weight_decay: lambda.
     mask: what to decay, see ``optax.adamw``.
     matrices: a tree of bools, or a function from parameters to one, such as
@@ -169,7 +172,7 @@ def galore(
   """
   adam: Any = {'b1': b1, 'b2': b2, 'eps': eps}
   return _low_rank.alias(
-    scale_by_galore(rank, gap, scale, **adam, projector=projector),
+    scale_by_galore(rank, gap, scale, **adam, projector=projector, seed=seed),
     learning_rate,
     (b1, b2, eps),
     weight_decay,

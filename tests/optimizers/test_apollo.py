@@ -45,7 +45,8 @@ def test_follows_the_official_code_with_its_projections():
       for own, theirs in fields.items():
         recorded.assert_state(optax.tree.get(state, own)[name], leaf[theirs])
       np.testing.assert_array_equal(
-        optax.tree.get(state, 'basis')[name], np.float32(leaf['ortho_matrix'])
+        optax.tree.get(state, 'projector')[name],
+        np.float32(leaf['ortho_matrix']),
       )
 
 
@@ -82,7 +83,7 @@ def test_follows_the_reference(shape, scale_type, front, limiter):
   grads = [size * rng.normal(size=shape) for size in sizes]
   ours = recorded.run(tx, jnp.asarray(w), [jnp.asarray(g) for g in grads])
   for (params, state), g in zip(ours, grads, strict=True):
-    w = slow.step(w, g, np.float64(optax.tree.get(state, 'basis')))
+    w = slow.step(w, g, np.float64(optax.tree.get(state, 'projector')))
     np.testing.assert_allclose(params, w, rtol=0.0, atol=PARAMS)
 
 
@@ -102,8 +103,8 @@ def test_what_is_drawn_again_is_what_would_be_stored():
   drawn, stored = run(tx(), params), run(tx(store_projection=True), params)
   for (a, _), (b, _) in zip(drawn, stored, strict=True):
     jax.tree.map(np.testing.assert_array_equal, a, b)
-  shapes = (state.basis['wide'] for state in (drawn[-1][1], stored[-1][1]))
-  assert [getattr(basis, 'shape', None) for basis in shapes] == [
+  shapes = (state.projector['wide'] for state in (drawn[-1][1], stored[-1][1]))
+  assert [getattr(p, 'shape', None) for p in shapes] == [
     None,
     (3, 4, 2),
   ]
@@ -128,7 +129,7 @@ def test_projections_are_normal_and_differ():
   draws = [
     matrix
     for state in states
-    for leaf in state.basis.values()
+    for leaf in state.projector.values()
     for matrix in np.asarray(leaf)
   ]
   assert len(draws) == len(np.unique(draws, axis=0)) == 20
@@ -152,5 +153,5 @@ def test_only_random_projections_can_be_drawn_again():
   g = jnp.asarray(np.random.default_rng(0).normal(size=(6, 4)), jnp.float32)
   tx = optimizers.scale_by_apollo(2, projector='svd', store_projection=True)
   _, state = tx.update(g, tx.init(g))
-  gram = state.basis @ state.basis.T
+  gram = state.projector @ state.projector.T
   np.testing.assert_allclose(gram, np.eye(2), rtol=0.0, atol=1e-6)

@@ -34,7 +34,7 @@ def test_follows_the_reference(shape, exact):
       b2=0.95,
       weight_decay=0.1,
       matrices=None,
-      projector=lambda g, rank, basis=basis: basis,
+      projector=lambda g, rank, key, basis=basis: basis,
       **settings,
     )
     state = tx.init(ours) if state is None else state

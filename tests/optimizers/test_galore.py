@@ -44,7 +44,7 @@ def test_follows_the_official_code_with_its_projectors():
       for own, theirs in {'mu': 'exp_avg', 'nu': 'exp_avg_sq'}.items():
         recorded.assert_state(optax.tree.get(state, own)[name], leaf[theirs])
       np.testing.assert_array_equal(
-        optax.tree.get(state, 'basis')[name],
+        optax.tree.get(state, 'projector')[name],
         np.float32(leaf['ortho_matrix']),
       )
 
@@ -71,7 +71,8 @@ def test_stale_moments_depend_on_signs():
     assert all(d == 0 if t < 3 else d > 1e-3 for d in apart.values()), apart
 
 
-def signed(sign, g, rank):
+def signed(sign, g, rank, key):
+  del key
   return sign * jnp.asarray(reference.svd(g, rank), jnp.float32)
 
 
@@ -94,7 +95,7 @@ def test_optax_projects_the_other_side(shape):
   """Whatever its dimension numbers are, so no setting makes it the official."""
   p = jnp.ones(shape)
   state = optimizers.scale_by_galore(rank=4).init(p)
-  assert state.mu.size == 4 * 16 and state.basis.size == 4 * 8
+  assert state.mu.size == 4 * 16 and state.projector.size == 4 * 8
   for axes in ((0, 1), (1, 0)):
     numbers = optax.contrib.GaLoreDimensionNumbers(*axes)
     theirs = optax.contrib.scale_by_galore(

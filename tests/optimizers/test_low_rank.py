@@ -35,8 +35,9 @@ def normal(seed, *shape):
   return jnp.asarray(np.random.default_rng(seed).normal(size=shape), 'float32')
 
 
-def rows(g, rank):
+def rows(g, rank, key):
   """A basis that tells which gradient it was made of."""
+  del key
   tall = g.shape[-2] >= g.shape[-1]
   return g[..., :rank, :] if tall else g[..., :rank]
 
@@ -49,7 +50,7 @@ def test_a_basis_is_made_at_the_first_step_and_after_every_gap(name):
   state, update = tx.init(grads[0]), jax.jit(tx.update)
   for t, g in enumerate(grads):
     _, state = update(g, state)
-    np.testing.assert_array_equal(state.basis, grads[t // 3 * 3][:2])
+    np.testing.assert_array_equal(state.projector, grads[t // 3 * 3][:2])
 
 
 @pytest.mark.parametrize('name', SCALE_BY)
@@ -205,7 +206,7 @@ def test_errors_name_the_argument(name):
       make(**wrong)
   with pytest.raises(ValueError, match="`projector` must be .*got 'topk'"):
     make(projector='topk')
-  tx = make(rank=2, projector=lambda g, rank: g)
+  tx = make(rank=2, projector=lambda g, rank, key: g)
   with pytest.raises(ValueError, match='`projector` must return .*got'):
     tx.update(jnp.ones((4, 4)), tx.init(jnp.ones((4, 4))))
 

@@ -17,7 +17,7 @@ import optax
 from optax_mp.optimizers._core import _projection
 from optax_mp.optimizers._core import _trees
 
-Projector = str | Callable[[chex.Array, int], chex.Array]
+Projector = str | Callable[[chex.Array, int, chex.PRNGKey], chex.Array]
 
 
 def is_projected(p: chex.Array) -> bool:
@@ -74,31 +74,30 @@ def check_projector(projector: Any, known: tuple[str, ...]) -> None:
   if not callable(projector) and projector not in known:
     raise ValueError(
       f'`projector` must be {" or ".join(map(repr, known))}, or a function of '
-      f'(gradient, rank); got {projector!r}.'
+      f'(gradient, rank, key); got {projector!r}.'
     )
 
 
 def made(
-  projector: Projector, g: chex.Array, rank: int, key: chex.PRNGKey | None
+  projector: Projector, g: chex.Array, rank: int, key: Any
 ) -> chex.Array:
   """What a projector makes of a gradient.
 
   Args:
-    projector: ``'svd'``, ``'random'``, or a function of (gradient, rank).
+    projector: ``'svd'``, ``'random'``, or a function of (gradient, rank, key).
     g: the gradient.
     rank: at most its shorter side is used.
-    key: for ``'random'``.
+    key: for all but ``'svd'``.
 
   Returns:
     The basis, float32.
   """
   rank = _projection.clamped(rank, g.shape)
   if callable(projector):
-    basis = jnp.asarray(projector(g, rank), jnp.float32)
+    basis = jnp.asarray(projector(g, rank, key), jnp.float32)
   elif projector == 'svd':
     basis = _projection.svd_basis(g, rank)
   else:
-    assert key is not None
     basis = _projection.gaussian_basis(key, g.shape, rank)
   wanted = _projection.basis_shape(g.shape, rank)
   if basis.shape != wanted:

@@ -54,6 +54,7 @@ def scale_by(
   adam: Betas,
   projector: _bases.Projector,
   *,
+  known: tuple[str, ...] = ('svd',),
   stored: bool = True,
   limited: bool = True,
   seed: int = 0,
@@ -61,16 +62,17 @@ def scale_by(
   """The transformation of a paper.
 
   Args:
-    state_type: a NamedTuple with fields ``count``, ``mu``, ``nu`` and, if there
-      are any, ``rng_key``, ``basis`` and ``norm``.
+    state_type: a NamedTuple with fields ``count``, ``rng_key``, ``mu``, ``nu``,
+      ``projector`` and, if there are any, ``norm``.
     rule: of leaves with two or more axes; others have Adam.
     rank: of the subspace.
-    gap: steps that a basis lasts.
+    gap: steps that a projector lasts.
     adam: b1, b2 and eps, in the form of ``_adam.adam_form``.
-    projector: makes bases.
-    stored: or the basis is made again each step.
+    projector: makes projectors.
+    known: names of those that make some.
+    stored: or the projector is made again each step.
     limited: whether there are norms.
-    seed: of random bases.
+    seed: of what is drawn.
 
   Returns:
     The transformation.
@@ -82,46 +84,46 @@ def scale_by(
   _checks.whole(rank=rank, gap=gap)
   _checks.decays(b1=b1, b2=b2)
   _checks.positive(eps=eps)
-  draws = 'rng_key' in state_type._fields
-  _bases.check_projector(projector, ('random', 'svd') if draws else ('svd',))
+  _bases.check_projector(projector, known)
+  is_drawn = projector != 'svd'
 
   def init_fn(params):
     none = _bases.nothing(params)
     fields = {
       'count': jnp.zeros((), jnp.int32),
-      'rng_key': _trees.raw_key(seed),
+      'rng_key': _trees.raw_key(seed) if is_drawn else _trees.NOTHING,
       'mu': _bases.zero_moments(params, rank),
       'nu': _bases.zero_moments(params, rank),
-      'basis': _bases.zero_bases(params, rank) if stored else none,
+      'projector': _bases.zero_bases(params, rank) if stored else none,
       'norm': _bases.zero_norms(params) if limited else none,
     }
     return state_type(**{name: fields[name] for name in state_type._fields})
 
-  def leaf(due, bias, g, mu, nu, basis, norm, key):
+  def leaf(due, bias, g, mu, nu, old, norm, key):
     if not _bases.is_projected(g):
       n, mu, nu = _adam.normalized(g, mu, nu, *adam)
-      return bias * n, mu, nu, basis, norm
+      return bias * n, mu, nu, old, norm
 
     def make():
       return _bases.made(projector, g, rank, key)
 
-    own = _bases.refreshed(due, make, basis) if stored else make()
-    x = _projection.project(g, own)
+    basis = _bases.refreshed(due, make, old) if stored else make()
+    x = _projection.project(g, basis)
     n, mu, nu = _adam.normalized(x, mu, nu, *adam)
-    u, norm = rule(g, x, n, own, norm)
-    return bias * u, mu, nu, own if stored else basis, norm
+    u, norm = rule(g, x, n, basis, norm)
+    return bias * u, mu, nu, basis if stored else old, norm
 
   def update_fn(updates, state, params=None, **extra_args):
     del params
     old, keys = state._asdict(), None
-    if draws:
+    if is_drawn:
       index = lax.div(state.count, jnp.int32(gap))
       layer = extra_args.get('layer')
       keys = _trees.leaf_keys(updates, state.rng_key, index, layer)
     count = _trees.increment(state.count)
     due = _trees.refreshes(state.count, gap)
     step = functools.partial(leaf, due, _adam.bias(count, b1, b2))
-    names = 'mu', 'nu', 'basis', 'norm'
+    names = 'mu', 'nu', 'projector', 'norm'
     none = _bases.nothing(updates)
     trees = [old.get(name, none) for name in names]
     updates, *trees = _trees.map_leaves(step, updates, trees, keys)
@@ -182,11 +184,11 @@ def alias(
   Returns:
     A transformation.
   """
-  own = _groups.own(adam_learning_rate, learning_rate)
-  return _groups.alias(
+  return _groups.with_rates(
     method,
-    _adam.decay_after_step(learning_rate, weight_decay, mask),
-    matrices,
     _adam.scale_by_adam(*adam, eps_first=True),
-    _adam.decay_after_step(own, weight_decay, mask),
+    _adam.decay_after_step,
+    (learning_rate, adam_learning_rate),
+    (weight_decay, mask),
+    matrices,
   )
