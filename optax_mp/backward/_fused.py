@@ -220,12 +220,12 @@ def fused_step(
   **Caveats:** what ``tx`` itself takes over the whole tree it takes over one
   layer, or over the rest: ``optax.clip_by_global_norm`` (use ``max_norm``),
   ``optax.apply_if_finite`` (use ``skip_nonfinite``), statistics over all
-  leaves, ``min_size``. Masks and labels must be functions of a tree and not
-  trees. It also changes what is per leaf in a stack: Adafactor's and LAMB's
-  norms are of a layer's matrix, which they are meant for. With ``max_norm``
-  'exact' or ``skip_nonfinite`` a step recomputes each layer and goes back
-  through it twice. A gradient of 16 bits reaches ``tx`` as it is; with a
-  ``loss_scale`` in float32.
+  leaves, ``min_size``. Masks, labels and ``matrices`` must be functions of a
+  tree and not trees. It also changes what is per leaf in a stack: Adafactor's
+  and LAMB's norms are of a layer's matrix, which they are meant for. With
+  ``max_norm`` 'exact' or ``skip_nonfinite`` a step recomputes each layer and
+  goes back through it twice. A gradient of 16 bits reaches ``tx`` as it is;
+  with a ``loss_scale`` in float32.
 
   References:
     Lv et al., `Full Parameter Fine-tuning for Large Language Models with

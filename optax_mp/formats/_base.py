@@ -192,8 +192,7 @@ def check_static(value: Any, argument: str) -> None:
     raise ValueError(
       f'`{argument}` must be a Python value, since it decides what the program '
       f'is; got {value!r}. Under `optax.inject_hyperparams` name it in '
-      "`static_args`, for a recipe ('residual_bits', 'keep_float32', "
-      "'min_size', 'seed')."
+      '`static_args`, with the others that its documentation names.'
     )
 
 

@@ -209,6 +209,12 @@ def test_errors_name_the_argument(blocks, argument):
     tx.init({'query': {'kernel': jnp.zeros((4, 6))}})
 
 
+def test_eps_of_0_is_refused():
+  """A block without gradient would be 0 / 0."""
+  with pytest.raises(ValueError, match='`eps`.*larger than 0.*got 0'):
+    optax_mp.adam_mini(1e-3, blocks=lambda path, leaf: Blocks(), eps=0)
+
+
 @pytest.mark.parametrize('name', ['num_heads', 'num_kv_heads'])
 def test_heads_are_whole(name):
   make = functools.partial(optimizers.adam_mini_blocks, num_heads=4)

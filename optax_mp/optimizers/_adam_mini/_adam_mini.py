@@ -2,7 +2,6 @@
 """AdamW with one second moment for each block of a leaf, by what it is for."""
 
 from collections.abc import Callable
-import re
 from typing import NamedTuple
 
 import chex
@@ -13,14 +12,12 @@ import optax
 from optax_mp.formats import _paths
 from optax_mp.optimizers._core import _adam
 from optax_mp.optimizers._core import _checks
+from optax_mp.optimizers._core import _names
 from optax_mp.optimizers._core import _subsets
 from optax_mp.optimizers._core import _trees
 
 Blocks = _subsets.Blocks
 BlockRule = Callable[[str, jax.ShapeDtypeStruct], Blocks]
-
-# Whole names on a path.
-_UNDECAYED = re.compile(r'.*norm.*|ln.*|.*_ln|.*bias.*', re.IGNORECASE)
 
 
 class ScaleByAdamMiniState(NamedTuple):
@@ -65,7 +62,7 @@ def scale_by_adam_mini(
     (32,)
   """
   _checks.decays(b1=b1, b2=b2)
-  _checks.not_negative(eps=eps)
+  _checks.positive(eps=eps)
 
   def init_fn(params):
     mu = jax.tree.map(_trees.zeros, params)
@@ -123,17 +120,17 @@ def adam_mini(
       ``'layer/kernel'`` and a shape, such as :func:`adam_mini_blocks` makes
       for transformers. It has no default: names do not tell how many heads
       there are.
-    eps: added to the roots of second moments.
+    eps: added to the roots of second moments; larger than 0.
     weight_decay: lambda.
     mask: what to decay, see ``optax.adamw``. None: all but leaves on whose path
-      is a norm (``*norm*``, ``ln*``, ``*_ln``) or a ``*bias*``, as in the
-      official code.
+      is a norm (``*norm*``, ``ln``, ``ln1``, ``ln_*``, ``*_ln``) or a
+      ``*bias*``, as in the official code.
 
   Returns:
     A transformation.
 
   Raises:
-    ValueError: for a decay outside [0, 1) or a negative eps; in ``init``, for
+    ValueError: for a decay outside [0, 1) or an eps of 0; in ``init``, for
       blocks that do not fit a leaf.
 
   Examples:
@@ -182,6 +179,6 @@ def _ruled(blocks, tree):
 def _decayed(params):
   def is_decayed(path, _):
     names = _paths.path_str(path).split('/')
-    return not any(map(_UNDECAYED.fullmatch, names))
+    return not _names.has(names, _names.NORM, _names.BIAS)
 
   return jax.tree_util.tree_map_with_path(is_decayed, params)

@@ -7,14 +7,12 @@ import re
 import jax
 
 from optax_mp.optimizers._core import _checks
+from optax_mp.optimizers._core import _names
 from optax_mp.optimizers._core import _subsets
 
 Blocks = _subsets.Blocks
 
 # Whole names on a path.
-_BIAS = re.compile(r'.*bias.*', re.IGNORECASE)
-_NORM = re.compile(r'.*norm.*|ln.*|.*_ln', re.IGNORECASE)
-_EMBEDDING = re.compile(r'.*embed.*|wte|wpe', re.IGNORECASE)
 _FUSED = re.compile(r'.*qkv.*|c_attn|in_proj', re.IGNORECASE)
 _QUERY = re.compile(r'(.*_)?query|q|q_proj|wq', re.IGNORECASE)
 _KEY = re.compile(r'(.*_)?key|k|k_proj|wk', re.IGNORECASE)
@@ -34,8 +32,8 @@ def adam_mini_blocks(
 
   ======================================  =================================
   ``*bias*``                              a block a coordinate, as in Adam
-  ``*norm*``, ``ln*``, ``*_ln``           one block
-  ``*embed*``, ``wte``, ``wpe``           a block a row, that is a token
+  a norm                                  one block
+  an embedding                            a block a row, that is a token
   ``*qkv*``, ``c_attn``, ``in_proj``      a block a head of queries and keys,
                                           then one an output neuron of values
   ``*query``, ``q``, ``q_proj``, ``wq``   a block a head; keys likewise
@@ -43,6 +41,8 @@ def adam_mini_blocks(
                                           column
   all others                              one block along the last axis
   ======================================  =================================
+
+  Norms and embeddings are what :func:`hidden_matrices` takes for them.
 
   Kernels are (in, out), those of attention also (in, heads, size) and (heads,
   size, out), as in ``flax.nnx.MultiHeadAttention``. In one that has queries,
@@ -76,17 +76,17 @@ def adam_mini_blocks(
 
   def rule(path, leaf):
     names, shape = path.split('/'), leaf.shape
-    if _has(_BIAS, names) or not shape:
+    if _names.has(names, _names.BIAS) or not shape:
       return Blocks()
     is_matrix = len(shape) > 1 and _MATRIX.fullmatch(names[-1])
-    if _has(_NORM, names) or _has(_EMBEDDING, names) or not is_matrix:
+    if _names.has(names, _names.NORM, _names.EMBEDDING) or not is_matrix:
       return Blocks((-1,))
-    if _has(_FUSED, names):
+    if _names.has(names, _FUSED):
       size = _head_size(path, shape, num_heads + 2 * kv_heads)
       values = (1, kv_heads * size) if whole_value else (kv_heads * size, 1)
       return Blocks((-2,), ((num_heads + kv_heads, size), values))
     for pattern, heads in known:
-      if _has(pattern, names):
+      if _names.has(names, pattern):
         kind = 'head' if pattern is not _VALUE else 'neuron'
         whole = whole_value and pattern is _VALUE
         return _of_heads(path, shape, heads, 'all' if whole else kind)
@@ -97,10 +97,6 @@ def adam_mini_blocks(
     return Blocks((-2,))
 
   return rule
-
-
-def _has(pattern, names):
-  return any(map(pattern.fullmatch, names))
 
 
 def _of_heads(path, shape, heads, kind):

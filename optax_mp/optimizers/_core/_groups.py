@@ -2,21 +2,18 @@
 """Which parameters a paper's method is for, and AdamW for the others."""
 
 from collections.abc import Callable
-import re
 from typing import Any
 
 import jax
 import optax
 
 from optax_mp.formats import _paths
+from optax_mp.optimizers._core import _names
 from optax_mp.optimizers._core import _trees
 
 Matrices = Any | Callable[[optax.Params], Any] | None
 
-# Whole names on a path: 'lm_head' is a head, 'MultiHeadAttention_0' is none.
-_OTHER = re.compile(
-  r'.*embed.*|wte|wpe|head|.*_head|.*norm.*|ln|ln_.*|bias|scale', re.IGNORECASE
-)
+_OTHER = _names.EMBEDDING, _names.HEAD, _names.NORM, _names.GAIN, _names.BIAS
 
 
 def hidden_matrices(params: optax.Params) -> Any:
@@ -27,9 +24,9 @@ def hidden_matrices(params: optax.Params) -> Any:
 
   Returns:
     A tree of bools: True for leaves with two or more axes, unless a name on
-    their path is that of an embedding (``*embed*``, ``wte``, ``wpe``), a head
-    (``head``, ``*_head``), a norm (``*norm*``, ``ln``, ``ln_*``, ``scale``) or
-    a ``bias``.
+    their path is that of an embedding (``*embed*``, ``*emb``, ``*token``,
+    ``wte``, ``wpe``), a head (``head``, ``*_head``), a norm (``*norm*``,
+    ``ln``, ``ln1``, ``ln_*``, ``*_ln``, ``scale``) or a ``*bias*``.
 
   Examples:
     >>> import jax.numpy as jnp
@@ -42,7 +39,7 @@ def hidden_matrices(params: optax.Params) -> Any:
 
   def is_hidden(path, leaf):
     names = _paths.path_str(path).split('/')
-    return len(leaf.shape) > 1 and not any(map(_OTHER.fullmatch, names))
+    return len(leaf.shape) > 1 and not _names.has(names, *_OTHER)
 
   return jax.tree_util.tree_map_with_path(is_hidden, params)
 
@@ -67,6 +64,8 @@ def alias(
   Returns:
     A transformation, in float32 from gradient to update.
   """
+  if not callable(matrices):
+    _check_no_bool(matrices)
   whole = optax.chain(method, step)
   if matrices is None:
     return _trees.in_float32(whole)
@@ -75,6 +74,7 @@ def alias(
 
   def labels(params):
     chosen = matrices(params) if callable(matrices) else matrices
+    _check_chosen(chosen, params)
     return jax.tree.map(lambda x: 'matrices' if x else 'others', chosen)
 
   return _trees.in_float32(
@@ -112,3 +112,28 @@ def with_rates(
   rate, other_rate = learning_rates
   other_step = step(own(other_rate, rate), *decay)
   return alias(method, step(rate, *decay), matrices, other, other_step)
+
+
+def _check_no_bool(chosen):
+  """Refuses what ``inject_hyperparams`` makes of a function of parameters."""
+  if chosen is not None and jax.tree_util.all_leaves([chosen]):
+    raise ValueError(
+      '`matrices` must be a tree of bools like the parameters, a function from '
+      f'parameters to one, or None for all of them; got {chosen!r}. Under '
+      '`optax.inject_hyperparams`, which calls functions as schedules, name it '
+      'in `static_args`.'
+    )
+
+
+def _check_chosen(chosen, params):
+  if not jax.tree_util.all_leaves([params]):
+    _check_no_bool(chosen)
+  try:
+    jax.tree.map(lambda *_: None, chosen, params)
+  except ValueError as error:
+    raise ValueError(
+      '`matrices` must be like the parameters that the optimizer sees; got '
+      f'{jax.tree.structure(chosen)} for {jax.tree.structure(params)}. In '
+      '`fused_step`, which shows it a part of them at a time, it must be a '
+      'function.'
+    ) from error

@@ -146,8 +146,8 @@ def check_params(params: optax.Params | None) -> None:
   """Raises a ValueError where ``update`` was called without parameters."""
   if params is None:
     raise ValueError(
-      '`params` must be given to `update`, for weight decay or because steps '
-      'depend on them; got None. Call `update(gradients, state, params)`.'
+      'You are using a transformation that requires the current value of '
+      'parameters, but you are not passing `params` when calling `update`.'
     )
 
 
