@@ -14,6 +14,7 @@ import pytest
 import optax_mp
 from optax_mp import memory
 from optax_mp import optimizers
+import quick
 import recorded
 from reference import snsm as reference
 
@@ -324,6 +325,42 @@ def test_new_subspaces_at_the_documented_steps(projector, gap):
   assert reset == [t for t in wanted if t > 1]  # at first there is nothing
   if projector != 'random':
     assert renewed == wanted
+
+
+@pytest.mark.parametrize('projector', ['svd', 'topk', 'uniform'])
+def test_momentum_that_is_kept_has_its_coordinates_along_new_directions(
+  projector,
+):
+  """kind: derived, float64 with the projectors of the state."""
+  rng = np.random.default_rng(5)
+  tx = optimizers.scale_by_subspace_momentum(
+    0.8, 2, 3, projector=projector, on_refresh='keep', seed=3
+  )
+  state, update = tx.init(jnp.zeros((6, 5))), quick.jit(tx.update)
+  mu, made = 0.0, set()
+  for _ in range(7):
+    g = rng.normal(size=(6, 5)).astype(np.float32)
+    ours, state = update(jnp.asarray(g), state)
+    p = np.asarray(state.projector)
+    made.add(p.tobytes())
+    rows = np.eye(6)[p] if p.ndim == 1 else np.eye(6)
+    columns = np.eye(5) if p.ndim == 1 else p.astype(np.float64).T
+    x = rows @ g @ columns
+    mu = 0.8 * mu + 0.2 * x
+    wanted = g + rows.T @ (mu - x) @ columns.T
+    np.testing.assert_allclose(ours, wanted, rtol=0.0, atol=2e-6)
+  assert len(made) == 3
+
+
+def test_first_steps_of_rmsprop_are_long():
+  """kind: claim. 32 times as long as with a correction of bias."""
+  g = jnp.asarray(np.random.default_rng(8).normal(size=(6, 5)))
+  params = {'kernel': g}
+  tx = optax_mp.rmsprop_sn(-1.0)
+  long, _ = tx.update(params, tx.init(params), params)
+  short = optimizers.scale_by_subset_norm()
+  wanted, _ = short.update(g, short.init(g))
+  np.testing.assert_allclose(long['kernel'] / wanted, 32, rtol=0.02)
 
 
 def test_random_directions_last_as_long():
