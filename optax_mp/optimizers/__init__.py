@@ -36,18 +36,20 @@ from optax_mp.optimizers._fira import scale_by_fira as scale_by_fira
 from optax_mp.optimizers._galore import ScaleByGaloreState as ScaleByGaloreState
 from optax_mp.optimizers._galore import galore as galore
 from optax_mp.optimizers._galore import scale_by_galore as scale_by_galore
-from optax_mp.optimizers._grass import ScaleByGrassState as ScaleByGrassState
-from optax_mp.optimizers._grass import grass as grass
-from optax_mp.optimizers._grass import scale_by_grass as scale_by_grass
+from optax_mp.optimizers._grass._grass import grass as grass
+from optax_mp.optimizers._grass._inner import (
+  ScaleByGrassState as ScaleByGrassState,
+)
+from optax_mp.optimizers._grass._inner import scale_by_grass as scale_by_grass
 from optax_mp.optimizers._hfac import ScaleByHfacState as ScaleByHfacState
 from optax_mp.optimizers._hfac import hfac as hfac
 from optax_mp.optimizers._hfac import scale_by_hfac as scale_by_hfac
 from optax_mp.optimizers._lomo import lomo as lomo
-from optax_mp.optimizers._micro_adam import (
+from optax_mp.optimizers._micro_adam._micro_adam import (
   ScaleByMicroAdamState as ScaleByMicroAdamState,
 )
-from optax_mp.optimizers._micro_adam import micro_adam as micro_adam
-from optax_mp.optimizers._micro_adam import (
+from optax_mp.optimizers._micro_adam._micro_adam import micro_adam as micro_adam
+from optax_mp.optimizers._micro_adam._micro_adam import (
   scale_by_micro_adam as scale_by_micro_adam,
 )
 from optax_mp.optimizers._snsm._adagrad import adagrad_sn as adagrad_sn

@@ -29,9 +29,9 @@ def like(case):
     hyper['lr'],
     hyper['rank'],
     hyper['update_gap'],
-    rule='multinomial_norm' if drawn else 'topr',
+    rule='multinomial_norm' if drawn else 'topk',
     replacement=drawn,
-    alpha=hyper['alpha'],
+    scale=hyper['alpha'],
     axis=hyper['axis'] - 2,
     b1=hyper['betas'][0],
     b2=hyper['betas'][1],
@@ -79,7 +79,7 @@ def assert_states(states, case):
 
 
 @pytest.mark.parametrize('shape', [(13, 7), (7, 13), (8, 8), (1, 6), (5, 1)])
-@pytest.mark.parametrize('rule', ['topr', 'multinomial_norm'])
+@pytest.mark.parametrize('rule', ['topk', 'multinomial_norm'])
 def test_follows_the_reference(shape, rule):
   """With refreshes, weight decay and new warm-ups; draws are ours."""
   rng = np.random.default_rng(0)
@@ -88,7 +88,7 @@ def test_follows_the_reference(shape, rule):
   adam = 0.9, 0.95, 1e-8
   slow = reference.Grass(axis, length, 3, 0.5, adam, 1e-2, 0.1, rewarm=2)
   tx = optimizers.grass(
-    1e-2, 4, 3, rule=rule, replacement=rule != 'topr', alpha=0.5, b2=0.95,
+    1e-2, 4, 3, rule=rule, replacement=rule != 'topk', scale=0.5, b2=0.95,
     rewarm_steps=2, weight_decay=0.1, matrices=None,
   )  # fmt: skip
   w = rng.normal(size=shape)
@@ -96,7 +96,7 @@ def test_follows_the_reference(shape, rule):
   ours = recorded.run(tx, jnp.asarray(w), [jnp.asarray(g) for g in grads])
   for (params, state), g in zip(ours, grads, strict=True):
     draw = None
-    if rule != 'topr':
+    if rule != 'topk':
       indices = np.asarray(state[0].indices)
       q = reference.share(g, axis, rule)[indices]
       draw = indices, 1 / np.sqrt(length * q)
@@ -193,7 +193,7 @@ def test_any_inner_optimizer(inner):
   """It sees rows of gradients and parameters; others do not move."""
   rng = np.random.default_rng(2)
   inner = optax.chain(inner, optax.add_decayed_weights(0.1))
-  tx = optimizers.scale_by_grass(inner, rank=3, alpha=1.0)
+  tx = optimizers.scale_by_grass(inner, rank=3, scale=1.0)
   params = {'w': jnp.asarray(rng.normal(size=(8, 4))), 'b': jnp.ones(4)}
   g = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape)), params)
   state, alone = tx.init(params), inner.init(jnp.zeros((3, 4)))

@@ -46,6 +46,7 @@ def whole(**values: Any) -> None:
 def one_of(known: Any, **values: Any) -> None:
   """Raises a ValueError for a name that is not known."""
   for name, value in values.items():
+    _base.check_static(value, name)
     if value not in known:
       raise ValueError(
         f'`{name}` must be one of {", ".join(map(repr, known))}; got {value!r}.'

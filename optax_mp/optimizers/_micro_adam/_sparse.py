@@ -17,9 +17,9 @@ import jax.numpy as jnp
 from optax_mp import formats
 from optax_mp.formats import _base
 from optax_mp.optimizers._core import _checks
-from optax_mp.optimizers._core import _chunks
 from optax_mp.optimizers._core import _trees
-from optax_mp.optimizers._core import _window
+from optax_mp.optimizers._micro_adam import _chunks
+from optax_mp.optimizers._micro_adam import _window
 
 # Values at once: what a step needs beside a leaf is some 40 bytes for each.
 _AT_ONCE = 2**19
@@ -52,10 +52,12 @@ class Method(NamedTuple):
         '`block_size` must be below 2^15, for indices are int16; got '
         f'{self.block_size}.'
       )
+    _base.check_static(self.density, 'density')
     if not 0 < self.density <= 1:
       raise ValueError(
         f'`density` must be larger than 0 and at most 1; got {self.density!r}.'
       )
+    _base.check_static(self.alpha, 'alpha')
     if not 0 <= self.alpha < 1:
       raise ValueError(
         f'`alpha` must be from 0 to 1, without 1; got {self.alpha!r}.'
@@ -64,7 +66,7 @@ class Method(NamedTuple):
     _checks.one_of(('flat', 'last_axis'), layout=self.layout)
     _base.check_format(self.residual, 'residual')
     signed = getattr(self.residual, 'signed', True)
-    if not signed or "'stochastic'" in repr(self.residual):
+    if not signed or _is_noisy(self.residual):
       raise ValueError(
         '`residual` must be a format with signs, as errors have them, and '
         f'without noise; got {self.residual}.'
@@ -159,9 +161,9 @@ class Method(NamedTuple):
       return self._step(x, indices, values, residual, moments, group)
 
     rows = jnp.reshape(x, (count, group.length)), *rows
-    # Rows of an odd number of 4-bit codes would share bytes.
-    at_once = x.size if group.length % 2 else at_once
-    u, *new = _chunks.in_chunks(step, rows, at_once)
+    # Rows of an odd number of 4-bit codes share bytes, two of them do not.
+    run = _chunks.in_chunks if group.length % 2 == 0 else _chunks.in_pairs
+    u, *new = run(step, rows, at_once)
     new = jax.tree.map(
       lambda y, like: jnp.reshape(y, like.shape), tuple(new), tuple(parts)
     )
@@ -190,3 +192,11 @@ class Method(NamedTuple):
       u += self.alpha * error
       residual = encode((1 - self.alpha) * error)
     return u, indices, values, residual
+
+
+def _is_noisy(format: Any) -> bool:
+  """Whether it, or a format that it is made of, rounds stochastically."""
+  if getattr(format, 'rounding', 'nearest') != 'nearest':
+    return True
+  fields = vars(format).values() if hasattr(format, '__dict__') else ()
+  return any(_is_noisy(x) for x in fields if isinstance(x, formats.Format))

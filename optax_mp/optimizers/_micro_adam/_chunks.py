@@ -55,6 +55,40 @@ def in_chunks(fn: Callable[[Any], Any], rows: Any, limit: int) -> Any:
   return jax.tree.map(lambda x, like: jnp.reshape(x, like.shape), view, rows)
 
 
+def in_pairs(fn: Callable[[Any], Any], rows: Any, limit: int) -> Any:
+  """:func:`in_chunks` that takes no row without its neighbour.
+
+  Args:
+    fn: as there.
+    rows: as there.
+    limit: values of the first array at once; two rows at least.
+
+  Returns:
+    What ``fn(rows)`` would be; a last row without a neighbour comes after all
+    others.
+  """
+  count = len(jax.tree.leaves(rows)[0])
+  even = count // 2 * 2
+  if not even:
+    return fn(rows)
+
+  def of_pairs(pairs):
+    rows = fn(jax.tree.map(lambda x: jnp.reshape(x, (-1, *x.shape[2:])), pairs))
+    return jax.tree.map(_paired, rows)
+
+  pairs = jax.tree.map(lambda x: _paired(x[:even]), rows)
+  done = in_chunks(of_pairs, pairs, limit)
+  done = jax.tree.map(lambda x: jnp.reshape(x, (even, *x.shape[2:])), done)
+  if even == count:
+    return done
+  last = fn(jax.tree.map(lambda x: x[even:], rows))
+  return jax.tree.map(lambda *x: jnp.concatenate(x), done, last)
+
+
+def _paired(x: jax.Array) -> jax.Array:
+  return jnp.reshape(x, (len(x) // 2, 2, *x.shape[1:]))
+
+
 def _steps(count: int, at_once: int) -> int:
   """How many chunks; if possible such that all have as many rows."""
   least = -(-count // at_once)

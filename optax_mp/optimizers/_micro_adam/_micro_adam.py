@@ -18,9 +18,9 @@ from optax_mp.optimizers._core import _adam
 from optax_mp.optimizers._core import _checks
 from optax_mp.optimizers._core import _groups
 from optax_mp.optimizers._core import _mesh
-from optax_mp.optimizers._core import _sparse
 from optax_mp.optimizers._core import _trees
-from optax_mp.optimizers._core import _window
+from optax_mp.optimizers._micro_adam import _sparse
+from optax_mp.optimizers._micro_adam import _window
 
 RESIDUAL = formats.Affine(4, 64)
 
@@ -202,7 +202,9 @@ def micro_adam(
   the learning rate for long runs. Of equal magnitudes the first is selected.
   What float32 values lose in bfloat16 is not fed back. A stack of vectors
   (L, n) is a matrix here, cut like any other with ``layout='flat'``.
-  ``compressed`` takes a state with ``values_dtype='float32'`` only.
+  ``compressed`` takes a state with ``values_dtype='float32'`` only. Under
+  ``optax.inject_hyperparams``, ``static_args`` are window, density, block_size,
+  alpha, matrices and mask.
 
   References:
     Modoranu et al., `MicroAdam: Accurate Adaptive Optimization with Low Space
@@ -220,10 +222,11 @@ def micro_adam(
     layout=layout,
     alpha=alpha,
   )
-  own = _groups.own(adam_learning_rate, learning_rate)
-  step, own_step = (
-    _adam.decay_before_step(rate, weight_decay, mask)
-    for rate in (learning_rate, own)
+  return _groups.with_rates(
+    method,
+    _adam.scale_by_adam(b1, b2, eps),
+    _adam.decay_before_step,
+    (learning_rate, adam_learning_rate),
+    (weight_decay, mask),
+    matrices,
   )
-  adam = _adam.scale_by_adam(b1, b2, eps)
-  return _groups.alias(method, step, matrices, adam, own_step)

@@ -14,13 +14,15 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from optax_mp.formats import _base
+from optax_mp.optimizers._core import _bases
 from optax_mp.optimizers._core import _checks
 from optax_mp.optimizers._core import _mesh
 from optax_mp.optimizers._core import _projection
 from optax_mp.optimizers._core import _trees
 
-Rule = Literal['topr', 'multinomial_norm', 'uniform']
-RULES = ('topr', 'multinomial_norm', 'uniform')
+Rule = Literal['topk', 'multinomial_norm', 'uniform']
+RULES = ('topk', 'multinomial_norm', 'uniform')
 
 
 class Rows(NamedTuple):
@@ -36,9 +38,10 @@ class Rows(NamedTuple):
     _checks.whole(rank=self.rank)
     _checks.one_of((None, -2, -1), axis=self.axis)
     _checks.one_of(RULES, rule=self.rule)
-    if self.replacement and self.rule == 'topr':
+    _base.check_static(self.replacement, 'replacement')
+    if self.replacement and self.rule == 'topk':
       raise ValueError(
-        "`replacement` is for rules that draw; got True with rule='topr', all "
+        "`replacement` is for rules that draw; got True with rule='topk', all "
         'of whose rows differ. Leave it out, or choose another rule.'
       )
 
@@ -116,15 +119,12 @@ class Rows(NamedTuple):
     return of_matrices(one, like, x, rho)
 
 
-def is_matrix(p: chex.Array) -> bool:
-  """True for matrices and stacks of them."""
-  return len(p.shape) > 1 and p.size > 0
-
-
 def of_matrices(fn: Any, tree: Any, *others: Any) -> Any:
   """``fn`` of matrices, and of what other trees have there; else NOTHING."""
   return jax.tree.map(
-    lambda p, *parts: fn(p, *parts) if is_matrix(p) else _trees.NOTHING,
+    lambda p, *parts: (
+      fn(p, *parts) if _bases.is_projected(p) else _trees.NOTHING
+    ),
     tree,
     *others,
   )
@@ -132,13 +132,15 @@ def of_matrices(fn: Any, tree: Any, *others: Any) -> Any:
 
 def others_of(tree: Any) -> Any:
   """The leaves that are no matrices, ``NOTHING`` for those that are."""
-  return jax.tree.map(lambda p: _trees.NOTHING if is_matrix(p) else p, tree)
+  return jax.tree.map(
+    lambda p: _trees.NOTHING if _bases.is_projected(p) else p, tree
+  )
 
 
 def merged(like: Any, matrices: Any, others: Any) -> Any:
   """One tree of the two."""
   return jax.tree.map(
-    lambda p, matrix, other: matrix if is_matrix(p) else other,
+    lambda p, matrix, other: matrix if _bases.is_projected(p) else other,
     like,
     matrices,
     others,
@@ -160,7 +162,7 @@ def choose(
     key: for a draw.
     rank: how many; at most the length of the axis.
     axis: -2 for rows, -1 for columns.
-    rule: ``'topr'``: of largest norm, of equal ones the first; or drawn with
+    rule: ``'topk'``: of largest norm, of equal ones the first; or drawn with
       probabilities in proportion to norms, all equal where all norms are 0; or
       with equal ones.
     replacement: whether each is drawn from all; else all differ.
@@ -170,7 +172,7 @@ def choose(
   """
   length = g.shape[axis]
   r = min(rank, length)
-  if rule == 'topr':
+  if rule == 'topk':
     indices = _projection.top_indices(g, rank, axis)
   else:
     q = probabilities(g, axis, rule)
