@@ -195,13 +195,14 @@ def came(
     >>> print(f'{plan.bytes_per_param - 4:.3f}')
     4.016
 
-  **Savings:** half of Adam's state. More with the momentum in 8 bits,
-  ``compressed(came(1e-4), {'mu': BlockInt(8)})``.
+  **Savings:** half of Adam's state. Of that matrix 1.047 bytes are left with
+  the momentum in 8 bits, ``compressed(came(1e-4), {'mu': BlockInt(8)})``.
 
-  **Caveats:** with the default decays the first five steps of a matrix are 11
-  to 17 learning rates long, root mean square: warm up. With
-  ``0.9, 0.95, 0.995`` they are below 2. Nothing here depends on how many steps
-  there were: there is no correction of bias.
+  **Caveats:** with the default decays the first step of a matrix is
+  (1 - b1) / (b1 sqrt(1 - b3)) = 11.1 learning rates long where magnitudes are
+  alike, root mean square, up to 17.2 in runs of the official code; and the
+  fifth of equal gradients is 24.6 long: warm up. With ``0.9, 0.95, 0.995`` it
+  is 1.6, and 3.5. The first one of a vector is 0.1. Nothing corrects a bias.
 
   Leading axes are batch axes, but by default a stack (L, m, n) is clipped as
   one: then :func:`backward.fused_step`, which sees a layer at a time, takes

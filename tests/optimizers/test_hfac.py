@@ -120,9 +120,11 @@ def test_sums_of_long_rows_overflow_as_the_docstring_says():
     assert np.isfinite(updates).all() == finite
 
 
-def test_a_stack_is_its_layers():
+@pytest.mark.parametrize('shape', [(4, 5), (6, 1), (4, 5, 1, 1)])
+def test_a_stack_is_its_layers(shape):
   rng = np.random.default_rng(3)
-  g = jnp.asarray(rng.normal(size=(3, 4, 5)) * [[[1.0]], [[9.0]], [[0.1]]])
+  scales = np.reshape([1.0, 9.0, 0.1], (3, *[1] * len(shape)))
+  g = jnp.asarray(rng.normal(size=(3, *shape)) * scales)
   tx = optimizers.scale_by_hfac()
   together, state = tx.update(g, tx.init(g))
   together, _ = tx.update(g**3, state)
