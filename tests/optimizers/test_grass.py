@@ -10,6 +10,7 @@ import pytest
 
 from optax_mp import memory
 from optax_mp import optimizers
+import quick
 import recorded
 from reference import grass as reference
 
@@ -112,7 +113,7 @@ def choices(g, count, **settings):
   state = tx.init(g)
   keys = jax.random.key_data(jax.random.split(jax.random.key(0), count))
 
-  @jax.jit
+  @quick.jit
   @jax.vmap
   def draw(key):
     _, after = tx.update(g, state._replace(rng_key=key))
@@ -151,11 +152,11 @@ def test_rows_of_zeros_are_drawn_last():
 def test_draws_differ_by_leaf_by_layer_and_by_choice():
   g = {'a': jnp.ones((64, 4)), 'b': jnp.ones((64, 4))}
   tx = optimizers.scale_by_grass(rank=8, gap=2, rule='uniform')
-  start = tx.init(g)
-  _, first = tx.update(g, start)
-  _, same = tx.update(g, first)
-  _, second = tx.update(g, same)
-  _, layer = tx.update(g, start, layer=jnp.int32(0))
+  step, start = quick.jit(tx.update), tx.init(g)
+  _, first = step(g, start)
+  _, same = step(g, first)
+  _, second = step(g, same)
+  _, layer = step(g, start, layer=jnp.int32(0))
   chex.assert_trees_all_equal(first.indices, same.indices)
   drawn = [first.indices['a'], first.indices['b'], second.indices['a']]
   drawn = [tuple(sorted(x.tolist())) for x in [*drawn, layer.indices['a']]]
@@ -166,7 +167,7 @@ def test_rows_of_equal_norm_are_the_first():
   """Exact; so are those of a gradient that is zero."""
   for g in (jnp.ones((9, 3)), jnp.zeros((9, 3))):
     tx = optimizers.scale_by_grass(rank=4)
-    updates, state = jax.jit(tx.update)(g, tx.init(g))
+    updates, state = quick.jit(tx.update)(g, tx.init(g))
     assert state.indices.tolist() == [0, 1, 2, 3]
     chex.assert_tree_all_finite(updates)
 
@@ -175,7 +176,7 @@ def test_rows_change_and_moments_start_anew_at_these_steps_only():
   """Exact: 1, 4, 7."""
   tx = optimizers.scale_by_grass(rank=1, gap=3)
   state = tx.init(jnp.zeros((5, 2)))
-  step = jax.jit(tx.update)
+  step = quick.jit(tx.update)
   rows, ages = [], []
   for t in range(7):
     g = jnp.zeros((5, 2)).at[t % 5].set(1.0)
@@ -197,9 +198,9 @@ def test_any_inner_optimizer(inner):
   params = {'w': jnp.asarray(rng.normal(size=(8, 4))), 'b': jnp.ones(4)}
   g = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape)), params)
   state, alone = tx.init(params), inner.init(jnp.zeros((3, 4)))
-  rows = None
+  step, rows = quick.jit(tx.update), None
   for _ in range(3):
-    updates, state = tx.update(g, state, params)
+    updates, state = step(g, state, params)
     rows = state.indices['w']
     x, w = g['w'][rows], params['w'][rows]
     wanted, alone = inner.update(x, alone, w)
@@ -208,12 +209,48 @@ def test_any_inner_optimizer(inner):
   assert np.count_nonzero(np.any(updates['w'], -1)) == 3
 
 
+def test_inner_has_no_learning_rate():
+  """Exact: what it returns is multiplied by -eta s, as if it were a gradient.
+
+  That is 1 here where it is what a step is: then weights go up.
+  """
+  g = jnp.eye(3) + 1
+  for inner, sign in ((optax.identity(), -1), (optax.scale(-1.0), 1)):
+    tx = optimizers.grass(
+      0.5, 3, inner=inner, scale=0.25, matrices=None
+    )  # fmt: skip
+    updates, _ = quick.jit(tx.update)(g, tx.init(g))
+    np.testing.assert_array_equal(updates, sign * 0.125 * g)
+
+
+@pytest.mark.parametrize(
+  ('axis', 'given'), [(-2, True), (-1, True), (-2, False)]
+)
+def test_inner_starts_from_the_rows_that_it_trains(axis, given):
+  """Exact: at each choice, and not between; zeros without parameters."""
+  inner = optax.GradientTransformation(
+    lambda rows: rows, lambda g, state, _: (g, state)
+  )
+  tx = optimizers.scale_by_grass(inner, rank=1, gap=2, axis=axis)
+  params = {'w': jnp.arange(1.0, 13).reshape(4, 3), 'b': jnp.ones(2)}
+  step, state = quick.jit(tx.update), tx.init(params)
+  for t in range(3):
+    if t != 1:
+      seen = jnp.take(params['w'], jnp.array([t]), axis) * given
+    row = jnp.arange(4).reshape(4, 1) if axis == -2 else jnp.arange(3)
+    g = {'w': jnp.where(row == t, 1.0, jnp.zeros((4, 3))), 'b': jnp.ones(2)}
+    _, state = step(g, state, params if given else None)
+    np.testing.assert_array_equal(state.inner_state['w'], seen)
+    params['w'] += 100.0
+
+
 def test_vectors_have_adam_that_is_never_reset():
   g = {'b': jnp.array([1.0, -2.0]), 's': jnp.float32(3), 'w': jnp.ones((4, 2))}
   tx, adam = optimizers.scale_by_grass(gap=2), optax.scale_by_adam()
   state, plain = tx.init(g), adam.init(g)
+  step = quick.jit(tx.update)
   for _ in range(5):
-    ours, state = tx.update(g, state)
+    ours, state = step(g, state)
     wanted, plain = adam.update(g, plain)
   for name in ('b', 's'):
     # kind: derived, what is left of 1 - 0.999 in float32.
@@ -227,10 +264,12 @@ def test_a_stack_is_its_layers(axis):
   tx = optimizers.scale_by_grass(rank=2, gap=2, axis=axis)
   grads = [jnp.asarray(rng.normal(size=(3, 4, 5))) for _ in range(3)]
 
+  step = jax.jit(tx.update)
+
   def run(grads):
     state = tx.init(grads[0])
     for g in grads:
-      updates, state = tx.update(g, state)
+      updates, state = step(g, state)
     return updates
 
   apart = [run([g[i] for g in grads]) for i in range(3)]
@@ -256,7 +295,8 @@ def test_bytes(shape, axis, bits):
     leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)
   )
   assert 8 * total == bits + 3 * 32 + 64
-  assert memory.plan(tx, p, gradients=None).total_bytes >= total
+  plan = memory.plan(tx, p, gradients=None)
+  assert plan.total_bytes == total + 4 * p.size
 
 
 @pytest.mark.parametrize(
@@ -275,3 +315,18 @@ def test_bytes(shape, axis, bits):
 def test_errors_name_the_argument(wrong, argument):
   with pytest.raises(ValueError, match=f'`{argument}`.*got'):
     optimizers.scale_by_grass(**wrong)
+
+
+@pytest.mark.parametrize(
+  ('argument', 'value'),
+  [
+    ('rank', 2),
+    ('gap', 2),
+    ('axis', -1),
+    ('replacement', False),
+    ('rewarm_steps', 0),
+  ],
+)
+def test_arrays_for_what_must_be_static_are_refused(argument, value):
+  with pytest.raises(ValueError, match=f'`{argument}`.*static_args'):
+    optimizers.scale_by_grass(**{argument: jnp.asarray(value)})
