@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from optax_mp import optimizers
+import quick
 import recorded
 from reference import low_rank as reference
 
@@ -136,6 +137,17 @@ def test_projections_are_normal_and_differ():
   entries = np.sqrt(8) * np.ravel(draws)
   assert abs(entries.mean()) < 5 / np.sqrt(entries.size)
   assert abs((entries**2).mean() - 1) < 5 * np.sqrt(2 / entries.size)
+
+
+def test_layers_of_vmap_have_the_same_projection():
+  """Exact, as the caveat says: they have one key. Those of a stack have not."""
+  g = jnp.asarray(np.random.default_rng(4).normal(size=(3, 6, 4)))
+  tx = optimizers.scale_by_apollo(2, store_projection=True)
+  state = jax.vmap(tx.init)(g)
+  _, apart = quick.jit(jax.vmap(tx.update))(g, state)
+  assert len(np.unique(apart.projector, axis=0)) == 1
+  _, stacked = quick.jit(tx.update)(g, tx.init(g))
+  assert len(np.unique(stacked.projector, axis=0)) == 3
 
 
 def test_mini_is_apollo_along_one_direction():

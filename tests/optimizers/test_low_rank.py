@@ -14,6 +14,7 @@ import pytest
 import optax_mp
 from optax_mp import memory
 from optax_mp import optimizers
+import quick
 
 SCALE_BY = {
   'galore': optimizers.scale_by_galore,
@@ -51,6 +52,39 @@ def test_a_basis_is_made_at_the_first_step_and_after_every_gap(name):
   for t, g in enumerate(grads):
     _, state = update(g, state)
     np.testing.assert_array_equal(state.projector, grads[t // 3 * 3][:2])
+
+
+def drawn(g, rank, key):
+  """A basis that tells which key made it."""
+  tall = g.shape[-2] >= g.shape[-1]
+  *stack, m, n = g.shape
+  return jax.random.normal(key, (*stack, *((rank, n) if tall else (m, rank))))
+
+
+@pytest.mark.parametrize('name', SCALE_BY)
+def test_functions_that_make_a_basis_get_a_key(name):
+  """Exact: another for each leaf, seed, layer and basis, none for an SVD."""
+  params = {'a': normal(0, 6, 4), 'b': normal(1, 6, 4)}
+  make = functools.partial(SCALE_BY[name], rank=2, gap=2, projector=drawn)
+  tx, other = make(), make(seed=1)
+  update = quick.jit(
+    lambda state, **extra: tx.update(params, state, **extra)[1]
+  )
+  start = tx.init(params)
+  assert [start.rng_key.shape, start.rng_key.dtype] == [(2,), jnp.uint32]
+  states = [update(start)]
+  for _ in range(3):
+    states.append(update(states[-1]))
+  first, same, second, again = (state.projector for state in states)
+  chex.assert_trees_all_equal(first, same)
+  chex.assert_trees_all_equal(second, again)
+  others = [
+    update(other.init(params)).projector,
+    *[update(start, layer=jnp.int32(i)).projector for i in (0, 1)],
+  ]
+  found = [p for tree in (first, second, *others) for p in tree.values()]
+  assert len(found) == len(np.unique(found, axis=0)) == 10
+  assert not jax.tree.leaves(SCALE_BY[name]().init(params).rng_key)
 
 
 @pytest.mark.parametrize('name', SCALE_BY)

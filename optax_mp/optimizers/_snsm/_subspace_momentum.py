@@ -60,12 +60,13 @@ def scale_by_subspace_momentum(
     gap: a new subspace at the steps t = 1 and t = gap, 2 gap, 3 gap, ..., so
       that the first one lasts for a step less than the others.
     projector: ``'svd'``, the first singular vectors of the gradient's shorter
-      side; ``'random'``, orthonormal directions of that side, made again from
-      the key at each step: a QR decomposition of (min(m, n), r) in place of
-      4 r min(m, n) bytes; ``'topk'`` and ``'uniform'``, the rows (or columns,
-      if they are more) of largest norm or drawn at random. Or a function of a
-      gradient (..., m, n), r and a key to orthonormal directions, (..., r, n)
-      if m >= n and else (..., m, r), or to int32 indices (..., r).
+      side; ``'random'``, orthonormal directions of that side (those of
+      :func:`apollo` are not), made again from the key at each step: a QR
+      decomposition of (min(m, n), r) in place of 4 r min(m, n) bytes;
+      ``'topk'`` and ``'uniform'``, the rows (or columns, if they are more) of
+      largest norm or drawn at random. Or a function of a gradient (..., m, n),
+      r and a key to orthonormal directions, (..., r, n) if m >= n and else
+      (..., m, r), or to int32 indices (..., r).
     on_refresh: ``'reset'``: the momentum starts from 0 in a new subspace;
       ``'keep'``: its coordinates become those along the new directions.
     bias_correction: divides N by 1 - b1^t, also where N has no momentum: times
