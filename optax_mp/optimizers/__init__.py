@@ -21,10 +21,14 @@ from optax_mp.optimizers._adam_mini._adam_mini import (
 from optax_mp.optimizers._adam_mini._blocks import (
   adam_mini_blocks as adam_mini_blocks,
 )
-from optax_mp.optimizers._apollo import ScaleByApolloState as ScaleByApolloState
-from optax_mp.optimizers._apollo import apollo as apollo
-from optax_mp.optimizers._apollo import apollo_mini as apollo_mini
-from optax_mp.optimizers._apollo import scale_by_apollo as scale_by_apollo
+from optax_mp.optimizers._apollo._apollo import (
+  ScaleByApolloState as ScaleByApolloState,
+)
+from optax_mp.optimizers._apollo._apollo import apollo as apollo
+from optax_mp.optimizers._apollo._apollo import (
+  scale_by_apollo as scale_by_apollo,
+)
+from optax_mp.optimizers._apollo._mini import apollo_mini as apollo_mini
 from optax_mp.optimizers._came import ScaleByCameState as ScaleByCameState
 from optax_mp.optimizers._came import came as came
 from optax_mp.optimizers._came import scale_by_came as scale_by_came

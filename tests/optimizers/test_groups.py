@@ -9,35 +9,34 @@ import pytest
 import optax_mp
 from optax_mp import backward
 from optax_mp import optimizers
-from optax_mp.optimizers._core import _names
 import stacks
 
-# What a parameter is, by its path; None: a weight of a hidden layer.
+# What a parameter is, by its path: '', a weight of a hidden layer, or else.
 PATHS = {
-  'mlp/kernel': None,
-  'MultiHeadAttention_0/query/kernel': None,
-  'token_mixing/kernel': None,
-  'member/kernel': None,
-  'upscale/kernel': None,
-  'wte/embedding': _names.EMBEDDING,
-  'wpe': _names.EMBEDDING,
-  'tok_emb/weight': _names.EMBEDDING,
-  'pos_emb': _names.EMBEDDING,
-  'embed_tokens/weight': _names.EMBEDDING,
-  'cls_token': _names.EMBEDDING,
-  'mask_token': _names.EMBEDDING,
-  'lm_head/kernel': _names.HEAD,
-  'head/kernel': _names.HEAD,
-  'LayerNorm_0/weight': _names.NORM,
-  'ln/w': _names.NORM,
-  'ln1/w': _names.NORM,
-  'lnf/w': _names.NORM,
-  'ln_f/w': _names.NORM,
-  'final_ln/weight': _names.NORM,
-  'scaling/scale': _names.GAIN,
-  'q_bias': _names.BIAS,
-  'in_proj_bias': _names.BIAS,
-  'relative_attention_bias/weight': _names.BIAS,
+  'mlp/kernel': '',
+  'MultiHeadAttention_0/query/kernel': '',
+  'token_mixing/kernel': '',
+  'member/kernel': '',
+  'upscale/kernel': '',
+  'wte/embedding': 'embedding',
+  'wpe': 'embedding',
+  'tok_emb/weight': 'embedding',
+  'pos_emb': 'embedding',
+  'embed_tokens/weight': 'embedding',
+  'cls_token': 'embedding',
+  'mask_token': 'embedding',
+  'lm_head/kernel': 'head',
+  'head/kernel': 'head',
+  'LayerNorm_0/weight': 'norm',
+  'ln/w': 'norm',
+  'ln1/w': 'norm',
+  'lnf/w': 'norm',
+  'ln_f/w': 'norm',
+  'final_ln/weight': 'norm',
+  'scaling/scale': 'gain',
+  'q_bias': 'bias',
+  'in_proj_bias': 'bias',
+  'relative_attention_bias/weight': 'bias',
 }
 
 
@@ -52,23 +51,23 @@ def test_one_idea_of_what_a_name_means(path, kind):
   """Of the methods for hidden weights and of Adam-mini's blocks and decay."""
   params = tree_of(path, jnp.ones((8, 8)))
   (hidden,) = jax.tree.leaves(optimizers.hidden_matrices(params))
-  assert hidden is (kind is None)
+  assert hidden is (not kind)
   blocks = optimizers.adam_mini_blocks(1)(path, jax.tree.leaves(params)[0])
   by_kind = {
-    _names.BIAS: optimizers.Blocks(),
-    _names.EMBEDDING: optimizers.Blocks((-1,)),
-    _names.NORM: optimizers.Blocks((-1,)),
+    'bias': optimizers.Blocks(),
+    'embedding': optimizers.Blocks((-1,)),
+    'norm': optimizers.Blocks((-1,)),
   }
   if kind in by_kind:
     assert blocks == by_kind[kind]
-  elif kind in (None, _names.HEAD):
+  elif kind in ('', 'head'):
     assert blocks.axes == (-2,)
   tx = optax_mp.adam_mini(
     1.0, blocks=optimizers.adam_mini_blocks(1), weight_decay=0.5
   )
   zeros = jax.tree.map(jnp.zeros_like, params)
   (update,) = jax.tree.leaves(tx.update(zeros, tx.init(params), params)[0])
-  is_decayed = kind not in (_names.NORM, _names.BIAS)
+  is_decayed = kind not in ('norm', 'bias')
   assert (update == (-0.5 if is_decayed else 0.0)).all()
 
 

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""APOLLO: SGD-like memory, AdamW-level performance (2412.05270).
-
-The gradient itself, scaled as Adam scales a random projection of it.
-"""
+"""The gradient itself, scaled as Adam scales a random projection of it."""
 
 from typing import Any, Literal, NamedTuple
 
@@ -207,41 +204,3 @@ def apollo(
     matrices,
     adam_learning_rate,
   )
-
-
-def apollo_mini(
-  learning_rate: optax.ScalarOrSchedule,
-  scale: chex.Numeric = 128.0,
-  gap: int = 200,
-  **settings: Any,
-) -> optax.GradientTransformationExtraArgs:
-  """:func:`apollo` along one direction, with one factor for a matrix.
-
-  **Stored:** of a matrix (m, n), in float32, 8 max(m, n) + 4 bytes; of other
-  leaves 8 bytes per parameter. Equations and references: see there.
-
-  Args:
-    learning_rate: eta, a number or a schedule.
-    scale: s.
-    gap: how many steps a projection lasts.
-    **settings: the other arguments of :func:`apollo`.
-
-  Returns:
-    A transformation.
-
-  Raises:
-    ValueError: as :func:`apollo` does.
-
-  Examples:
-    >>> import jax.numpy as jnp
-    >>> import optax_mp
-    >>> params = {'w': jnp.ones((4096, 4096))}
-    >>> tx = optax_mp.apollo_mini(1e-2)
-    >>> plan = optax_mp.memory.plan(tx, params, gradients=None)
-    >>> print(f'{plan.bytes_per_param - 4:.3f}')
-    0.002
-
-  **Caveats:** for a short warm-up the authors recommend ``scale_front=True``.
-  """
-  mini: Any = {'scale': scale, 'scale_type': 'tensor'}
-  return apollo(learning_rate, 1, gap, **(mini | settings))
