@@ -179,7 +179,8 @@ def adalomo(
   channels, as in Flax, but two or more last axes of length 1 do not count,
   those of PyTorch's 1x1 kernels. A stack of vectors (L, n) looks like one
   matrix here, and like L vectors in ``fused_step``: ``matrices`` keeps it out
-  of both.
+  of both. Under ``optax.inject_hyperparams``, ``static_args`` are matrices and
+  mask.
 
   References:
     Lv et al., `AdaLomo: Low-memory Optimization with Adaptive Learning Rate

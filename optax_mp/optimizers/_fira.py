@@ -171,7 +171,9 @@ def fira(
   matrix has its own p and P. As in :func:`galore`, moments are kept when the
   basis changes, steps then depend on signs of singular vectors, and under
   ``vmap`` with a counter per layer every step makes a decomposition. Stacked
-  vectors (L, n) look like a matrix: leave them out of ``matrices``.
+  vectors (L, n) look like a matrix: leave them out of ``matrices``. Under
+  ``optax.inject_hyperparams``, ``static_args`` are rank, gap, projector, seed,
+  matrices and mask.
 
   References:
     Chen et al., `Fira: Can We Achieve Full-rank Training of LLMs Under

@@ -158,7 +158,8 @@ def galore(
   steps that make none, and under ``vmap`` with a counter per layer it makes
   one on every step: give it the stack (L, m, n) instead. Leading axes are batch
   axes, so stacked vectors (L, n) look like a matrix: leave them out of
-  ``matrices``.
+  ``matrices``. Under ``optax.inject_hyperparams``, ``static_args`` are rank,
+  gap, projector, seed, matrices and mask.
 
   ``optax.contrib.galore`` differs: it projects the longer side, so its moments
   are 2 r min(m, n) and its basis is r max(m, n); eps is added after the

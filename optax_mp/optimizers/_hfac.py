@@ -172,7 +172,8 @@ def hfac(
   1e4 columns at gradients of 2e17. Leading axes are batch axes: of a
   convolution the last two should be its channels, as in Flax, but two or more
   last axes of length 1 do not count, those of PyTorch's 1x1 kernels. A stack of
-  vectors (L, n) looks like one matrix: see ``matrices``.
+  vectors (L, n) looks like one matrix: see ``matrices``. Under
+  ``optax.inject_hyperparams``, ``static_args`` are matrices and mask.
 
   References:
     Nguyen et al., `Memory-Efficient Optimization with Factorized Hamiltonian

@@ -80,7 +80,8 @@ def lomo(
   step's, and for float16's scale: leave ``loss_scale`` and ``clip_coef`` to
   it. It multiplies by ``x / norm`` where the norm is larger, a millionth more
   than the official coefficient, and clips the norm before values. There is
-  nothing that :func:`compressed` could store, which is an error there.
+  nothing that :func:`compressed` could store, which is an error there. Under
+  ``optax.inject_hyperparams``, ``static_args`` are matrices and mask.
 
   References:
     Lv et al., `Full Parameter Fine-tuning for Large Language Models with
