@@ -185,6 +185,8 @@ def apollo(
   of a stack (L, m, n) has its own p and P, but under ``vmap(tx.init)`` and
   ``vmap(tx.update)`` all layers have the same P, as they have the same key.
   Stacked vectors (L, n) look like a matrix: leave them out of ``matrices``.
+  Under ``optax.inject_hyperparams``, ``static_args`` are rank, gap, projector,
+  seed, matrices and mask.
 
   References:
     Zhu et al., `APOLLO: SGD-like Memory, AdamW-level Performance
