@@ -26,6 +26,8 @@ RECIPES = {
 # would be 12 times as much.
 WINDOW = 2**20
 SHAPES = [(4096, 4096), (8, 1024, 2048), (50257, 256)]
+# Whose large matrices `test_budgets.py` compiles, with the same claim.
+BUDGETED = ('adamw_bf16',)
 
 
 def _step(tx):
@@ -50,7 +52,7 @@ def _compile(target, tx, params):
 @pytest.mark.parametrize('name', RECIPES)
 def test_the_step_adds_no_memory(name, bits, target):
   """Claim: less than `WINDOW`, and everything donated is reused."""
-  for shape in SHAPES if name == 'adamw_bf16' else SHAPES[:1]:
+  for shape in SHAPES[1:] if name in BUDGETED else SHAPES[:1]:
     params = {'w': jax.ShapeDtypeStruct(shape, jnp.bfloat16)}
     compiled, donated = _compile(target, RECIPES[name](bits), params)
     report = memory.report(compiled)
