@@ -4,6 +4,7 @@
 from collections.abc import Callable
 import dataclasses
 import functools
+import inspect
 import math
 from typing import Any
 
@@ -565,11 +566,44 @@ RECIPES = {
 class PaperRow:
   """An optimizer of a paper, with settings for small matrices."""
 
-  make: Callable[..., Any]  # of a learning rate
+  make: functools.partial[Any]  # of a learning rate
   lr: float  # at which it converges on the contracts' targets
   # Bits of the state for a leaf of two axes or more, beside scalars and keys.
   bits: Callable[[tuple[int, ...]], float]
-  vector: int = 64  # bits for a value of a vector
+  vector: float = 64  # bits for a value of a vector
+  decays: str = 'before'  # the step or 'after' it
+  rest: str = 'adam'  # what other leaves get; '': there are none
+  # The transformations of another row with other arguments: what wrappers make
+  # of their state has been seen there.
+  variant: bool = False
+
+  @property
+  def static(self) -> tuple[str, ...]:
+    """Its arguments that decide what the program is, in their order."""
+    return tuple(
+      name for name in inspect.signature(self.make).parameters if name in STATIC
+    )
+
+
+# The learning rate and what else is a number may be traced.
+STATIC = (
+  'alpha',
+  'axis',
+  'block_size',
+  'blocks',
+  'density',
+  'gap',
+  'mask',
+  'matrices',
+  'min_dim_size_to_factor',
+  'projector',
+  'rank',
+  'rewarm_steps',
+  'seed',
+  'square_axis',
+  'subset_size',
+  'window',
+)
 
 
 def _full(shape):
@@ -583,13 +617,15 @@ def _sides(shape, shorter=0, longer=0, full=0, each=0):
   return 32 * (math.prod(stack) * (sides + each) + full * math.prod(shape))
 
 
-def _paper(make, lr, vector=64, settings=None, **sides):
+def _paper(make, lr, vector=64, settings=None, form=None, **sides):
   bits = functools.partial(_sides, **sides)
   make = functools.partial(make, **(settings or {}))
-  return PaperRow(make, lr, bits, vector)
+  return PaperRow(make, lr, bits, vector, **(form or {}))
 
 
 _DECAY = {'weight_decay': 1e-4}
+_AFTER: dict[str, Any] = {'decays': 'after'}
+_VARIANT: dict[str, Any] = {'variant': True}
 _RANK = {'rank': 2, 'gap': 3, **_DECAY}  # new directions within a few steps
 
 
@@ -609,16 +645,17 @@ PAPERS = {
   'adalomo': _paper(optax_mp.adalomo, 1e-3, 32, _DECAY, shorter=1, longer=1),
   'hfac': _paper(optax_mp.hfac, 1e-3, settings=_DECAY, shorter=2, longer=2),
   'adamw_sn': _paper(
-    optax_mp.adamw_sn, 1e-2, settings=_DECAY, longer=1, full=1
+    optax_mp.adamw_sn, 1e-2, settings=_DECAY, longer=1, full=1, form=_AFTER
   ),
   'adamw_snsm': _paper(
-    optax_mp.adamw_snsm, 1e-2, settings=_RANK, shorter=2, longer=3
+    optax_mp.adamw_snsm, 1e-2, settings=_RANK, shorter=2, longer=3, form=_AFTER
   ),
   'adamw_snsm-random': _paper(
     optax_mp.adamw_snsm,
     1e-2,
     settings=_RANK | {'projector': 'random'},
     longer=3,
+    form=_AFTER | _VARIANT,
   ),
   'adamw_snsm-topk': _paper(
     optax_mp.adamw_snsm,
@@ -627,15 +664,31 @@ PAPERS = {
     shorter=2,
     longer=1,
     each=2,  # indices
+    form=_AFTER | _VARIANT,
   ),
-  'galore': _paper(optax_mp.galore, 1e-2, settings=_RANK, shorter=2, longer=4),
+  'galore': _paper(
+    optax_mp.galore, 1e-2, settings=_RANK, shorter=2, longer=4, form=_AFTER
+  ),
   # The norm of the last step, for each matrix.
   'fira': _paper(
-    optax_mp.fira, 1e-2, settings=_RANK, shorter=2, longer=4, each=1
+    optax_mp.fira,
+    1e-2,
+    settings=_RANK,
+    shorter=2,
+    longer=4,
+    each=1,
+    form=_AFTER,
   ),
-  'apollo': _paper(optax_mp.apollo, 1e-2, settings=_RANK, longer=4, each=1),
+  'apollo': _paper(
+    optax_mp.apollo, 1e-2, settings=_RANK, longer=4, each=1, form=_AFTER
+  ),
   'apollo_mini': _paper(
-    optax_mp.apollo_mini, 1e-2, settings={'gap': 3, **_DECAY}, longer=2, each=1
+    optax_mp.apollo_mini,
+    1e-2,
+    settings={'gap': 3, **_DECAY},
+    longer=2,
+    each=1,
+    form=_AFTER | _VARIANT,
   ),
   # Indices, and what rows are multiplied by.
   'grass': _paper(optax_mp.grass, 1e-2, settings=_RANK, shorter=4, each=4),
@@ -645,6 +698,7 @@ PAPERS = {
     settings=_RANK | {'rule': 'multinomial_norm', 'replacement': True},
     shorter=4,
     each=4,
+    form=_VARIANT,
   ),
   'micro_adam': PaperRow(
     functools.partial(optax_mp.micro_adam, values_dtype='float32', **_DECAY),
@@ -661,16 +715,48 @@ PAPERS = {
     1e-2,
     lambda shape: _sides(shape, full=1, each=shape[-1]),  # one a column
     32 + 32 / 384,
+    rest='',
   ),
-  'rmsprop_sn': _paper(optax_mp.rmsprop_sn, 1e-3, 32, _DECAY, longer=1),
+  'rmsprop_sn': _paper(
+    optax_mp.rmsprop_sn,
+    1e-3,
+    32,
+    _DECAY,
+    longer=1,
+    form=_AFTER | _VARIANT | {'rest': 'rmsprop'},
+  ),
   'adagrad_sn': _paper(
-    optax_mp.adagrad_sn, 0.5, settings=_DECAY, longer=1, full=1
+    optax_mp.adagrad_sn,
+    0.5,
+    settings=_DECAY,
+    longer=1,
+    full=1,
+    form=_AFTER | _VARIANT | {'rest': 'adagrad'},
   ),
   'adagrad_snsm': _paper(
-    optax_mp.adagrad_snsm, 0.5, settings=_RANK, shorter=2, longer=3
+    optax_mp.adagrad_snsm,
+    0.5,
+    settings=_RANK,
+    shorter=2,
+    longer=3,
+    form=_AFTER | _VARIANT | {'rest': 'adagrad'},
   ),
   'adamw_sm': _paper(
-    optax_mp.adamw_sm, 1e-2, settings=_RANK, shorter=2, longer=2, full=1
+    optax_mp.adamw_sm,
+    1e-2,
+    settings=_RANK,
+    shorter=2,
+    longer=2,
+    full=1,
+    form=_AFTER | _VARIANT,
   ),
-  'sgd_sm': _paper(optax_mp.sgd_sm, 1e-2, 32, _RANK, shorter=2, longer=2),
+  'sgd_sm': _paper(
+    optax_mp.sgd_sm,
+    1e-2,
+    32,
+    _RANK,
+    shorter=2,
+    longer=2,
+    form=_AFTER | _VARIANT | {'rest': 'sgd'},
+  ),
 }

@@ -146,7 +146,8 @@ def adam_mini(
 
   **Caveats:** fewer second moments than blocks of the Hessian matrix are what
   the paper warns of: look at what ``blocks`` gives for your names. The leading
-  axes of a stack are kept by all ``Blocks`` that do not name them.
+  axes of a stack are kept by all ``Blocks`` that do not name them. Under
+  ``optax.inject_hyperparams``, ``static_args`` are blocks and mask.
 
   References:
     Zhang et al., `Adam-mini: Use Fewer Learning Rates To Gain More

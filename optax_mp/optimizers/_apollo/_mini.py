@@ -66,6 +66,8 @@ def apollo_mini(
     0.002
 
   **Caveats:** for a short warm-up the authors recommend ``scale_front=True``.
+  Under ``optax.inject_hyperparams``, ``static_args`` are gap, projector, seed,
+  mask and matrices.
   """
   return _apollo.apollo(
     learning_rate,

@@ -54,6 +54,9 @@ def adagrad_sn(
     >>> plan = optax_mp.memory.plan(tx, params, gradients=None)
     >>> print(f'{plan.bytes_per_param - 4:.3f}')
     4.004
+
+  **Caveats:** under ``optax.inject_hyperparams``, ``static_args`` are mask,
+  subset_size, square_axis and matrices.
   """
   average = _momentum.scale_by_ema(b1, False)
   return _alias.with_plain(
@@ -117,6 +120,9 @@ def adagrad_snsm(
     >>> plan = optax_mp.memory.plan(tx, params, gradients=None)
     >>> print(f'{plan.bytes_per_param - 4:.3f}')
     0.254
+
+  **Caveats:** under ``optax.inject_hyperparams``, ``static_args`` are mask,
+  rank, gap, projector, subset_size, square_axis, matrices and seed.
   """
   momentum = _subspace_momentum.scale_by_subspace_momentum(
     b1, rank, gap, projector=projector, on_refresh=on_refresh, seed=seed

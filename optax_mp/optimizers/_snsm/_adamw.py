@@ -83,7 +83,9 @@ def adamw_sn(
 
   **Caveats:** a matrix whose size is prime has no subsets of neighbours but
   single coordinates; ``init`` warns where that is large. Leading axes are batch
-  axes: a stack (L, m, n) trains as its L layers would apart.
+  axes: a stack (L, m, n) trains as its L layers would apart. Under
+  ``optax.inject_hyperparams``, ``static_args`` are mask, subset_size,
+  square_axis and matrices.
 
   References:
     Nguyen and Nguyen, `Lean and Mean Adaptive Optimization via Subset-Norm
@@ -180,7 +182,9 @@ def adamw_snsm(
   **Caveats:** bias is corrected of what has no momentum as well: it is
   multiplied by 10 at the first step with the default b1. Warm up. In a new
   subspace the momentum starts from 0, where the official code uses it once
-  more, along the new directions. See :func:`scale_by_subspace_momentum`.
+  more, along the new directions. See :func:`scale_by_subspace_momentum`. Under
+  ``optax.inject_hyperparams``, ``static_args`` are mask, rank, gap, projector,
+  subset_size, square_axis, matrices and seed.
 
   References:
     Nguyen and Nguyen, `Lean and Mean Adaptive Optimization via Subset-Norm

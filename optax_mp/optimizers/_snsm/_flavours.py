@@ -63,6 +63,9 @@ def adamw_sm(
     >>> plan = optax_mp.memory.plan(tx, params, gradients=None)
     >>> print(f'{plan.bytes_per_param - 4:.3f}')
     4.500
+
+  **Caveats:** under ``optax.inject_hyperparams``, ``static_args`` are mask,
+  rank, gap, projector, matrices and seed.
   """
   return _adamw.adamw_snsm(
     learning_rate,
@@ -125,8 +128,10 @@ def rmsprop_sn(
     >>> print(f'{plan.bytes_per_param - 4:.3f}')
     0.004
 
-  **Caveats:** the first steps are 1 / sqrt(1 - b2) times as long as with
-  a correction of bias, 32 times with the default. Warm up.
+  **Caveats:** the first steps are 1 / sqrt(1 - b2) times as long as with a
+  correction of bias, 32 times with the default. Warm up. Under
+  ``optax.inject_hyperparams``, ``static_args`` are mask, subset_size,
+  square_axis and matrices.
   """
 
   def scale(subset_size, square_axis):
@@ -193,6 +198,9 @@ def sgd_sm(
     >>> plan = optax_mp.memory.plan(tx, params, gradients=None)
     >>> print(f'{plan.bytes_per_param - 4:.3f}')
     0.250
+
+  **Caveats:** under ``optax.inject_hyperparams``, ``static_args`` are rank,
+  gap, projector, mask, matrices and seed.
   """
   method = _subspace_momentum.scale_by_subspace_momentum(
     b1, rank, gap, projector=projector, on_refresh=on_refresh, seed=seed
