@@ -72,21 +72,20 @@ def in_pairs(fn: Callable[[Any], Any], rows: Any, limit: int) -> Any:
   if not even:
     return fn(rows)
 
-  def of_pairs(pairs):
-    rows = fn(jax.tree.map(lambda x: jnp.reshape(x, (-1, *x.shape[2:])), pairs))
-    return jax.tree.map(_paired, rows)
+  def paired(rows):  # one axis for both, since TPUs pad the last but one
+    return jax.tree.map(lambda x: jnp.reshape(x, (len(x) // 2, -1)), rows)
 
-  pairs = jax.tree.map(lambda x: _paired(x[:even]), rows)
-  done = in_chunks(of_pairs, pairs, limit)
-  done = jax.tree.map(lambda x: jnp.reshape(x, (even, *x.shape[2:])), done)
+  def apart(pairs):
+    return jax.tree.map(
+      lambda x, like: jnp.reshape(x, (-1, *like.shape[1:])), pairs, rows
+    )
+
+  whole = paired(jax.tree.map(lambda x: x[:even], rows))
+  done = apart(in_chunks(lambda pairs: paired(fn(apart(pairs))), whole, limit))
   if even == count:
     return done
   last = fn(jax.tree.map(lambda x: x[even:], rows))
   return jax.tree.map(lambda *x: jnp.concatenate(x), done, last)
-
-
-def _paired(x: jax.Array) -> jax.Array:
-  return jnp.reshape(x, (len(x) // 2, 2, *x.shape[1:]))
 
 
 def _steps(count: int, at_once: int) -> int:
