@@ -123,9 +123,9 @@ def is_traced(value):
   return is_number or callable(value)
 
 
-@pytest.mark.parametrize('name', MAIN)
+@pytest.mark.parametrize('name', PAPERS)
 def test_says_what_must_be_static(name):
-  """And the documentation does."""
+  """By the name of the argument."""
   row, params = PAPERS[name], {'kernel': jnp.ones((4, 3))}
   arguments = inspect.signature(row.make).parameters
   for argument in row.static:
