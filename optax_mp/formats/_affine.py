@@ -57,8 +57,8 @@ class Affine:
 
   **Caveats:** zero is no code, unless all of a block is zero: beside others it
   comes back as something else, and -x not as minus what x does. A NaN or an
-  infinity makes NaN of its block. Blocks of a range below 2^-122 are stored as
-  their smallest value; values below 2^-126 are zeros.
+  infinity makes NaN of its block. Blocks of a range below 2^-122, with 8 bits
+  2^-118, are stored as their smallest value; values below 2^-126 are zeros.
 
   References:
     Modoranu et al., `MicroAdam: Accurate Adaptive Optimization with Low Space

@@ -62,6 +62,26 @@ def test_equal_values_are_exact_where_the_ends_are(bits):
   assert np.all(np.asarray(kept.codes, np.int32) == lowest)
 
 
+@pytest.mark.parametrize(('bits', 'range'), [(4, 2.0**-122), (8, 2.0**-118)])
+def test_how_small_a_range_may_be(bits, range):
+  """Ends come back; of half that range the smallest value does alone."""
+  for low in (0.0, -range / 2):
+    x = jnp.array([low, low + range])
+    settings = {'bits': bits, 'block_size': 2, 'stats_dtype': 'float32'}
+    _, seen = stored(x, **settings)
+    # kind: derived, the fewer bits of the step.
+    np.testing.assert_allclose(seen, x, rtol=0.0, atol=range * 2.0**-15)
+    _, seen = stored(x / 2, **settings)
+    np.testing.assert_array_equal(seen, np.full(2, low / 2, np.float32))
+
+
+def test_values_that_are_not_normal_are_zeros():
+  x = jnp.asarray(np.array([2.0**-127, -(2.0**-130)] * 2, np.float32))
+  for dtype in ('bfloat16', 'float32'):
+    _, seen = stored(x, block_size=2, stats_dtype=dtype)
+    np.testing.assert_array_equal(seen, np.zeros(4))
+
+
 def test_eight_bits():
   """Derived: half a step."""
   x = jax.random.normal(jax.random.key(2), (16, 128))
