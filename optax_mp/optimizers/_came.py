@@ -203,6 +203,7 @@ def came(
   alike, root mean square, up to 17.2 in runs of the official code; and the
   fifth of equal gradients is 24.6 long: warm up. With ``0.9, 0.95, 0.995`` it
   is 1.6, and 3.5. The first one of a vector is 0.1. Nothing corrects a bias.
+  XLA:GPU keeps U between two kernels: 4 bytes for each value of one leaf.
   Under ``optax.inject_hyperparams``, ``static_args`` are
   min_dim_size_to_factor, matrices and mask.
 

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+from compilers import compile_for
 import optax_mp
 from optax_mp import backward
 from optax_mp import formats
@@ -271,3 +272,17 @@ def test_hyperparameters_can_be_injected():
 def test_errors_name_the_argument(wrong, argument):
   with pytest.raises(ValueError, match=f'`{argument}`.*got'):
     optimizers.scale_by_came(**wrong)
+
+
+def test_a_gpu_keeps_one_array_between_two_kernels():
+  """kind: claim, of the docstring."""
+  tx, p = optimizers.came(1e-3), jax.ShapeDtypeStruct((1024, 1024), jnp.float32)
+
+  def step(params, state, gradients):
+    updates, state = tx.update(gradients, state, params)
+    return optax.apply_updates(params, updates), state
+
+  state = jax.eval_shape(tx.init, p)
+  program = compile_for('h100', step, p, state, p, donate_argnums=(0, 1))
+  temporaries = memory.report(program).temporary_bytes / p.size
+  assert 4 <= temporaries < 4.1
