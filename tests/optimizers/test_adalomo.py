@@ -129,8 +129,9 @@ def test_zero_rows_beside_large_gradients_stay_finite():
   updates, _ = jax.jit(tx.update)(g, tx.init(g), g)
   chex.assert_tree_all_finite(updates)
   assert np.all(updates[1:, 2:] != 0) and np.all(updates[0] == 0)
-  updates, _ = jax.jit(plain.update)(g, plain.init(g), g)
-  assert not np.isfinite(updates).all()
+  if jax.default_backend() == 'cpu':  # which flushes what is no normal number
+    updates, _ = jax.jit(plain.update)(g, plain.init(g), g)
+    assert not np.isfinite(updates).all()
 
 
 @pytest.mark.parametrize('size', [0.0, 1e-18, 1e18])
