@@ -33,6 +33,7 @@ bench: .venv/test
 	$(BIN)/python benchmarks/quality.py
 	$(BIN)/python benchmarks/quality.py --b2 0.999
 	$(BIN)/python benchmarks/quality.py --b2 0.95
+	$(BIN)/python benchmarks/papers.py --processes 2
 	$(BIN)/python benchmarks/tracking.py
 	$(BIN)/python benchmarks/update.py
 	$(BIN)/python benchmarks/in_backward.py

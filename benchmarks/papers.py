@@ -1,19 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Papers' optimizers against AdamW, each at a learning rate of its own.
 
-  python benchmarks/papers.py [--seeds 10] [--steps 1000] [--processes 2]
+  python benchmarks/papers.py [--seeds 5] [--steps 1000] [--processes 2]
     [--only NAME ...]
 
 Trains the GPT of `examples/train_gpt.py` in float32 with every optimizer of
-`contenders.PAPERS`. But for the learning rate and what a model of this width
-asks for (the rank), all have the defaults of their papers' codes. The rate is
-searched for on a grid of three a decade, from the row's on towards lower losses
-until those on both sides of the best are worse, on a seed that the comparison
-does not use. Then each trains at its best rate, from the same weights and on
-the same batches as AdamW, whose own rate was found in the same way.
+`contenders.PAPERS`, which says in what they differ from their defaults. The rate
+is searched for on a grid of three a decade, from the row's on towards lower
+losses until those on both sides of the best are worse, on a seed that the
+comparison does not use. Then each trains at its best rate, from the same weights
+and on the same batches as AdamW, whose own rate was found in the same way. What a
+method is not for has an optimizer of its own at `contenders.ADAM_RATE`.
 
-An hour on two cores of a CPU. `papers.json` has every loss of every search;
-it is written after each row, and the same command goes on from there.
+A training takes half a minute on a core of a CPU, and there are some 150 of
+them. `papers.json` has every loss of every search; it is written after each
+row, and the same command goes on from there, on the same machine.
 """
 
 import argparse
@@ -221,6 +222,39 @@ def draw(result: dict[str, Any]) -> figure.Figure:
   return drawn
 
 
+def earlier(
+  folder: pathlib.Path, wanted: dict[str, Any], only: bool
+) -> dict[str, Any]:
+  """Rows of a run that stopped, none of another one.
+
+  The text is Python's own sources, so that another Python trains on another
+  text, and AdamW's losses there say nothing of rows here.
+
+  Args:
+    folder: where it is.
+    wanted: the conditions of this one.
+    only: whether it is to have some rows of its own: then a ValueError.
+
+  Returns:
+    The result.
+  """
+  try:
+    before = results.load('papers', folder)
+  except FileNotFoundError:
+    return {'contenders': {}}
+  others = [key for key in ('config', 'seeds') if before[key] != wanted[key]]
+  now = results.conditions()
+  others += [k for k, v in before['conditions'].items() if now.get(k) != v]
+  if not others:
+    return before
+  if only:
+    raise ValueError(
+      f'`{folder / "papers.json"}` is of another {" and ".join(others)}, and '
+      'would be overwritten. Name another folder with `--out`.'
+    )
+  return {'contenders': {}}
+
+
 def parse_arguments() -> argparse.Namespace:
   """Reads the flags."""
   parser = argparse.ArgumentParser(
@@ -242,12 +276,7 @@ def main() -> None:
   arguments = parse_arguments()
   config = dataclasses.replace(quality.CONFIG, steps=arguments.steps)
   conditions = told(config, {}, arguments.seeds)
-  try:
-    before = results.load('papers', arguments.out)
-  except FileNotFoundError:
-    before = {'contenders': {}}
-  if any(before.get(key) != conditions[key] for key in ('config', 'seeds')):
-    before = {'contenders': {}}
+  before = earlier(arguments.out, conditions, bool(arguments.only))
   rows = {k: v for k, v in before['contenders'].items() if k in PAPERS}
   todo = [
     n for n in arguments.only or PAPERS if arguments.only or n not in rows
@@ -277,4 +306,7 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-  main()
+  try:
+    main()
+  except ValueError as error:
+    sys.exit(f'error: {error}')

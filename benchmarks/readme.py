@@ -77,7 +77,6 @@ MAIN = (
   'adamw_8bit',
   'adamw_4bit',
   'sgdm_8bit',
-  'lion_8bit',
 )
 # Models and targets of `benchmarks/peak.py`.
 PEAKS = [('124M', 'h100'), ('124M', 'tpu-v5e'), ('7B', 'h100')]

@@ -176,7 +176,7 @@ def _check_stored(
   expected = leaf
   if format is not None:
     expected = _base.stored_like(format, leaf.shape, jnp.dtype(leaf.dtype))
-  found = _as_stored(stored, expected)
+  found = as_stored(stored, expected)
   if _layout(found) != _layout(expected):
     raise ValueError(
       f'`{argument}` has {_text(stored)} at {_paths.path_str(path)!r}, but '
@@ -197,24 +197,32 @@ def in_containers(stored: Any, given: Any, like: Any) -> Any:
   pairs = zip(
     treedef.flatten_up_to(stored), treedef.flatten_up_to(given), strict=True
   )
-  return treedef.unflatten(_contained(x, old) for x, old in pairs)
+  return treedef.unflatten(contained(x, old) for x, old in pairs)
 
 
-def _contained(x: Any, given: Any) -> Any:
-  if not _base.is_stored(x) or not isinstance(given, Mapping):
+def contained(x: Any, given: Any) -> Any:
+  """One stored leaf in the container that the old one came in."""
+  if not isinstance(x, tuple) or not isinstance(given, Mapping):
     return x
-  parts = {k: _contained(getattr(x, k), given[k]) for k in given}
+  parts = {k: contained(_part(x, k), given[k]) for k in given}
   return type(given)(parts)  # type: ignore[call-arg]
 
 
-def _as_stored(x: Any, expected: Any) -> Any:
-  """Flax NNX makes mappings of NamedTuples: back to what the format stores."""
-  if not _base.is_stored(expected) or not isinstance(x, Mapping):
+def as_stored(x: Any, expected: Any) -> Any:
+  """Flax NNX makes mappings of tuples: back to what the format stores."""
+  if not isinstance(expected, tuple) or not isinstance(x, Mapping):
     return x
-  if set(x) != set(expected._fields):
+  keys = getattr(expected, '_fields', range(len(expected)))
+  if set(x) != set(keys):
     return x
-  parts = {k: _as_stored(x[k], getattr(expected, k)) for k in x}
-  return type(expected)(**parts)
+  parts = [as_stored(x[k], _part(expected, k)) for k in keys]
+  make = getattr(type(expected), '_make', tuple)
+  return make(parts)
+
+
+def _part(x: tuple[Any, ...], key: Any) -> Any:
+  """By name, or by number where it has none."""
+  return getattr(x, key) if isinstance(key, str) else x[key]
 
 
 def _layout(tree: Any) -> Any:

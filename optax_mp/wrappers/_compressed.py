@@ -218,7 +218,8 @@ def _check_wide(like: Any, chosen: list[Any]) -> None:
       raise ValueError(
         f'`inner` keeps {_paths.path_str(path)!r} in {leaf.dtype}; got '
         f'{format} for it, which would store what is rounded already. Leave '
-        'out `mu_dtype` (or `accumulator_dtype`): the format takes its place.'
+        'out `mu_dtype` (or `accumulator_dtype`, `values_dtype`), or ask for '
+        'float32: the format takes its place.'
       )
 
 

@@ -72,6 +72,17 @@ def test_rows_are_what_they_say(name):
     assert row['standard_error'] == gap.standard_error
 
 
+def test_rows_of_another_machine_are_no_rows_of_this_one():
+  """The committed run is of another text."""
+  wanted = papers.told(quality.CONFIG, {}, 5)
+  before = papers.earlier(results.FOLDER, wanted, only=False)
+  assert before in (results.load('papers'), {'contenders': {}})
+  other = wanted | {'seeds': [7]}
+  assert papers.earlier(results.FOLDER, other, only=False) == {'contenders': {}}
+  with pytest.raises(ValueError, match='another seeds.*`--out`'):
+    papers.earlier(results.FOLDER, other, only=True)
+
+
 def test_what_the_page_says_of_claims():
   """kind: claim, of benchmarks/README.md."""
   rows = RESULTS['papers']
@@ -82,3 +93,14 @@ def test_what_the_page_says_of_claims():
   assert beyond('adamw_snsm') < -1  # below AdamW after as many steps
   assert beyond('adamw_snsm, half the steps') > 10  # far above after half
   assert rows['grass']['gap'] > 5 * rows['galore']['gap'] > 0
+  for name in (
+    'adamw_sn',
+    'adam_mini',
+    'galore',
+    'came',
+    'apollo_mini',
+    'lomo',
+  ):
+    assert beyond(name) > 1  # above AdamW
+  assert abs(beyond('apollo')) < 1
+  assert rows['adalomo']['gap'] < rows['lomo']['gap'] / 5

@@ -72,6 +72,8 @@ def scale_by_apollo(
   """
   _checks.not_negative(scale=scale)
   _checks.one_of(('channel', 'tensor'), scale_type=scale_type)
+  if not callable(projector):
+    _checks.one_of(('random', 'svd'), projector=projector)
   if projector != 'random' and not store_projection:
     raise ValueError(
       '`store_projection` must be True for what is made of a gradient, which '

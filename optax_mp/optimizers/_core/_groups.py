@@ -25,8 +25,15 @@ def hidden_matrices(params: optax.Params) -> Any:
   Returns:
     A tree of bools: True for leaves with two or more axes, unless a name on
     their path is that of an embedding (``*embed*``, ``*emb``, ``*token``,
-    ``wte``, ``wpe``), a head (``head``, ``*_head``), a norm (``*norm*``,
-    ``ln``, ``ln1``, ``ln_*``, ``*_ln``, ``scale``) or a ``*bias*``.
+    ``wte``, ``wpe``), a head (``head``, ``heads``, ``*_head``, ``lmhead``,
+    ``logits``, ``*classifier``, ``unembed*``), a norm (``*norm*``, ``ln``,
+    ``ln1``, ``ln_*``, ``*_ln``, ``scale``) or a ``*bias*``.
+
+  **Caveats:** print it for your model. It goes by names, and kernels with more
+  axes are stacks to the methods: Flax's attention keeps (in, heads, size),
+  which is as many matrices (heads, size), and where the rank is not below their
+  shorter side a low-rank state is larger than Adam's. Leave these out, with a
+  function of your own, or give the method kernels with two axes.
 
   Examples:
     >>> import jax.numpy as jnp

@@ -8,7 +8,9 @@ import re
 BIAS = re.compile(r'.*bias.*', re.IGNORECASE)
 EMBEDDING = re.compile(r'.*embed.*|.*emb|.*token|wte|wpe', re.IGNORECASE)
 GAIN = re.compile(r'scale', re.IGNORECASE)  # of a norm, in Flax
-HEAD = re.compile(r'head|.*_head', re.IGNORECASE)
+HEAD = re.compile(
+  r'heads?|.*_head|lmhead|logits|.*classifier|unembed.*', re.IGNORECASE
+)
 NORM = re.compile(r'.*norm.*|ln.?|ln\d+|ln_.*|.*_ln', re.IGNORECASE)
 
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_mp import formats
+from optax_mp.formats import _tree
 from optax_mp.optimizers._core import _adam
 from optax_mp.optimizers._core import _checks
 from optax_mp.optimizers._core import _groups
@@ -101,14 +102,17 @@ def scale_by_micro_adam(
     count = _trees.increment(state.count)
     moments = _window.Moments.at(state.count, count, window, b1, b2, eps)
 
-    def leaf(g, *state):
+    def leaf(g, *given):
       if not g.size:
-        return g, *state
+        return g, *given
       run = functools.partial(method.update, shape=g.shape)
+      state = [_tree.as_stored(part, method.stored) for part in given]
       treedef = jax.tree.structure(state)
       axes = [tuple(range(g.ndim)), *method.axes(g, state)]
       out = _mesh.automatic(run, g, state, moments, like=g, axes=axes)
-      return out[0], *jax.tree.unflatten(treedef, out[1:])
+      new = jax.tree.unflatten(treedef, out[1:])
+      pairs = zip(new, given, strict=True)
+      return out[0], *(_tree.contained(x, old) for x, old in pairs)
 
     updates, *fields = _trees.map_leaves(leaf, updates, state[1:])
     return updates, ScaleByMicroAdamState(count, *fields)

@@ -169,6 +169,11 @@ class Method(NamedTuple):
     )
     return jnp.reshape(u, x.shape), new
 
+  @property
+  def stored(self) -> Any:
+    """What a residual is kept in: Flax NNX makes mappings of it."""
+    return jax.eval_shape(self.residual.encode, jnp.zeros(2))
+
   def _blank(self, group: Group) -> tuple[Any, Any, Any]:
     """What a block has before the first step. Indices of a gradient differ."""
     indices = jnp.tile(jnp.arange(group.kept, dtype=jnp.int16), self.window)
