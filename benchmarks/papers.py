@@ -5,12 +5,13 @@
     [--only NAME ...]
 
 Trains the GPT of `examples/train_gpt.py` in float32 with every optimizer of
-`contenders.PAPERS`, which says in what they differ from their defaults. The rate
-is searched for on a grid of three a decade, from the row's on towards lower
-losses until those on both sides of the best are worse, on a seed that the
-comparison does not use. Then each trains at its best rate, from the same weights
-and on the same batches as AdamW, whose own rate was found in the same way. What a
-method is not for has an optimizer of its own at `contenders.ADAM_RATE`.
+`contenders.PAPERS`, which says in what they differ from their defaults. The
+rate is searched for on a grid of three a decade, from the row's on towards
+lower losses until those on both sides of the best are worse, on a seed that
+the comparison does not use. Then each trains at its best rate, from the same
+weights and on the same batches as AdamW, whose own rate was found in the same
+way. What a method is not for has an optimizer of its own at
+`contenders.ADAM_RATE`.
 
 A training takes half a minute on a core of a CPU, and there are some 150 of
 them. `papers.json` has every loss of every search; it is written after each
