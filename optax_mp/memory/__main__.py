@@ -37,8 +37,9 @@ _ALSO_IN_BACKWARD = ('optax.adamw, bfloat16', 'adamw_bf16', 'adamw_8bit')
 def recipes(residual_bits: int | None = None) -> list[_survey.Recipe]:
   """AdamW as Optax has it, in two dtypes, and every recipe of ours.
 
-  A recipe is what the package exports and takes a `learning_rate`. Some are
-  also there with the update in the backward pass.
+  A recipe is what the package exports, takes a `learning_rate` and is no
+  optimizer of a paper, which :func:`papers` has. Some are also there with the
+  update in the backward pass.
 
   Args:
     residual_bits: for the recipes that have it; None for their own defaults.
@@ -52,7 +53,7 @@ def recipes(residual_bits: int | None = None) -> list[_survey.Recipe]:
   ]
   for name in optax_mp.__all__:
     make = getattr(optax_mp, name)
-    if not inspect.isfunction(make):
+    if not inspect.isfunction(make) or hasattr(optax_mp.optimizers, name):
       continue
     parameters = inspect.signature(make).parameters
     if 'learning_rate' in parameters:
@@ -63,6 +64,24 @@ def recipes(residual_bits: int | None = None) -> list[_survey.Recipe]:
   for i in range(len(found), 0, -1):
     if found[i - 1].name in _ALSO_IN_BACKWARD:
       found.insert(i, in_backward(found[i - 1]))
+  return found
+
+
+def papers() -> list[_survey.Recipe]:
+  """Papers' optimizers in float32, for `--only`: a row each would take long.
+
+  Those that need more than a learning rate are left out.
+  """
+  found = []
+  for name in optax_mp.optimizers.__all__:
+    make = getattr(optax_mp.optimizers, name)
+    if not inspect.isfunction(make) or not hasattr(optax_mp, name):
+      continue
+    first, *others = inspect.signature(make).parameters.values()
+    if first.name == 'learning_rate' and all(
+      p.default is not p.empty for p in others
+    ):
+      found.append(_survey.Recipe(name, make(1e-4), jnp.float32))
   return found
 
 
@@ -166,7 +185,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
   add('--batch', type=int, default=1, help='sequences a step of each device')
   add('--optimizer', help='the one to tell more about')
   add('--residual-bits', type=int, choices=(16, 8, 0))
-  add('--only', action='append', help='an optimizer, instead of all')
+  add('--only', action='append', help="one, or a paper's optimizer: no others")
   add('--target', default='h100', choices=_targets.TARGETS)
   add('--devices', type=int, default=1, help='of one slice or node, FSDP')
   add('--fit', action='store_true', help='search for the most layers that fit')
@@ -177,6 +196,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def _check_name(flag: str, name: str, names: list[str]) -> None:
   if name not in names:
     raise ValueError(f'`--{flag}` must be one of {names}; got {name!r}.')
+
+
+def only(
+  wanted: list[str], known: list[_survey.Recipe]
+) -> list[_survey.Recipe]:
+  """Those with these names; a ValueError if there is none of a name."""
+  names = [recipe.name for recipe in known]
+  for name in wanted:
+    _check_name('only', name, names)
+  return [recipe for recipe in known if recipe.name in wanted]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -190,10 +219,8 @@ def main(argv: list[str] | None = None) -> None:
     _show.check(arguments.plot)
   size = size_of(arguments)
   found = recipes(arguments.residual_bits)
-  names = [recipe.name for recipe in found]
-  for name in arguments.only or ():
-    _check_name('only', name, names)
-  found = [r for r in found if r.name in (arguments.only or names)]
+  if arguments.only:
+    found = only(arguments.only, found + papers())
   names = [recipe.name for recipe in found]
   if arguments.optimizer is None:
     arguments.optimizer = 'adamw_8bit' if 'adamw_8bit' in names else names[0]

@@ -94,6 +94,14 @@ def test_recipes_are_what_the_package_exports(monkeypatch):
   names = [r.name for r in program.recipes(16)][2:]
   assert {'adamw_8bit', 'adamw_bf16', 'muon_8bit'} < set(names)
   assert names[-1] == 'fancy'
+  papers = [r.name for r in program.papers()]
+  assert {'came', 'galore', 'micro_adam'} < set(papers)
+  assert not set(papers) & set(names)
+
+
+def test_a_papers_optimizer_has_a_row_if_asked_for(capsys):
+  program.main([*TINY, '--only', 'adalomo', '--target', 'cpu'])
+  assert re.search(r'^adalomo +', capsys.readouterr().out, re.MULTILINE)
 
 
 @pytest.mark.parametrize(
