@@ -110,7 +110,7 @@ def _weights(params: Any) -> Any:
   """Kernels and embeddings: in a stack, norms and biases have two axes, too."""
 
   def is_weight(path, _):
-    return path[-1].key in ('kernel', 'embedding', 'w')
+    return path[-1].key in ('kernel', 'embedding')
 
   return jax.tree.map_with_path(is_weight, params)
 

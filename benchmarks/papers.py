@@ -160,6 +160,7 @@ def studied(
     'learning_rate': rate,
     'steps': steps,
     'losses': losses(range(seeds), rate),
+    'bytes': state_bytes(paper, config),
   }
 
 
@@ -190,7 +191,7 @@ def told(
       gap = quality.paired_gap(own['losses'], reference)
       own |= {'gap': gap.mean, 'standard_error': gap.standard_error}
     own['mean'] = float(np.mean(own['losses']))
-    ordered[name] = own | {'bytes': state_bytes(PAPERS[name], config)}
+    ordered[name] = own
   return {
     'config': quality.kept(config),
     'seeds': list(range(seeds)),

@@ -14,10 +14,8 @@ from typing import Any
 from contenders import PAPERS
 from contenders import REFERENCE
 from optax_mp import formats
-from papers import state_bytes
 from published import OURS
 from published import PUBLISHED
-from quality import CONFIG as quality_config
 import results
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -311,11 +309,6 @@ def _papers() -> dict[str, Any]:
   return {name: found[name] for name in PAPERS}
 
 
-def _state(name: str) -> float:
-  """Bytes of state for a value of the kernels of the GPT."""
-  return state_bytes(PAPERS[name], quality_config)
-
-
 def papers() -> str:
   """Papers' optimizers: state, loss beside AdamW's, and when."""
   found = _papers()
@@ -323,7 +316,7 @@ def papers() -> str:
   rows = [
     [
       f'`{name}`',
-      f'{_state(name):.2f}',
+      f'{found[name]["bytes"]:.2f}',
       _gap(found[name]),
       WHEN[name],
     ]
@@ -337,7 +330,7 @@ def papers_found() -> str:
   rows = [
     [
       f'`{name}`',
-      f'{_state(name):.2f}',
+      f'{row["bytes"]:.2f}',
       f'{row["learning_rate"]:g}' + ('' if row['bracketed'] else ' (an end)'),
       f'{len(row["search"])}',
       f'{row["mean"]:.4f}',

@@ -31,14 +31,16 @@ def zero_moments(params: optax.Params, rank: int) -> Any:
   def zeros(p):
     if not is_projected(p):
       return _trees.zeros(p)
-    long = p.ndim + _projection.long_axis(p.shape)
-    r = _projection.clamped(rank, p.shape)
-    moment = _trees.zeros_along(p, [*_trees.stack_axes(p), long], r)
-    if _projection.is_tall(p.shape):
-      return moment
-    return jnp.swapaxes(moment, -1, -2)
+    return zero_moment(p, _projection.long_axis(p.shape), rank)
 
   return jax.tree.map(zeros, params)
+
+
+def zero_moment(p: chex.Array, axis: int, rank: int) -> chex.Array:
+  """Zeros along one of a matrix's axes, -2 or -1; the other has length r."""
+  axes = [*_trees.stack_axes(p), len(p.shape) + axis]
+  moment = _trees.zeros_along(p, axes, _projection.clamped(rank, p.shape))
+  return moment if axis == -2 else jnp.swapaxes(moment, -1, -2)
 
 
 def zero_bases(params: optax.Params, rank: int) -> Any:

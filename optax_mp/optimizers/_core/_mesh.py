@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Operations that JAX does not follow on a mesh with explicit axes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import chex
 import jax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
-
-Axes = Sequence[int | None]
 
 
 def automatic(

@@ -10,8 +10,6 @@ Making a projector and using one are two things, so that tests can use recorded
 ones: signs of singular vectors and random draws are no contract.
 """
 
-from typing import Literal
-
 import chex
 import jax
 from jax import lax
@@ -19,7 +17,6 @@ import jax.numpy as jnp
 
 from optax_mp.optimizers._core import _trees
 
-Projector = Literal['svd', 'random', 'topk', 'uniform']
 _EXACT = lax.Precision.HIGHEST  # a TPU or GPU would round to fewer bits
 
 

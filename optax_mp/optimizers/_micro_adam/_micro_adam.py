@@ -89,6 +89,7 @@ def scale_by_micro_adam(
     window, density, block_size, residual, values_dtype, layout, alpha
   )
   method.check()
+  stored = method.stored()
 
   def init_fn(params):
     fields = (
@@ -106,7 +107,7 @@ def scale_by_micro_adam(
       if not g.size:
         return g, *given
       run = functools.partial(method.update, shape=g.shape)
-      state = [_tree.as_stored(part, method.stored) for part in given]
+      state = [_tree.as_stored(part, stored) for part in given]
       treedef = jax.tree.structure(state)
       axes = [tuple(range(g.ndim)), *method.axes(g, state)]
       out = _mesh.automatic(run, g, state, moments, like=g, axes=axes)

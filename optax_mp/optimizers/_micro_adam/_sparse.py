@@ -169,7 +169,6 @@ class Method(NamedTuple):
     )
     return jnp.reshape(u, x.shape), new
 
-  @property
   def stored(self) -> Any:
     """What a residual is kept in: Flax NNX makes mappings of it."""
     return jax.eval_shape(self.residual.encode, jnp.zeros(2))

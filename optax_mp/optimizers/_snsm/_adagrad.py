@@ -5,9 +5,9 @@ import chex
 import optax
 
 from optax_mp.optimizers._core import _adam
+from optax_mp.optimizers._core import _bases
 from optax_mp.optimizers._core import _groups
 from optax_mp.optimizers._core import _momentum
-from optax_mp.optimizers._snsm import _alias
 from optax_mp.optimizers._snsm import _subset_norm
 from optax_mp.optimizers._snsm import _subspace_momentum
 
@@ -59,9 +59,10 @@ def adagrad_sn(
   subset_size, square_axis and matrices.
   """
   average = _momentum.scale_by_ema(b1, False)
-  return _alias.with_plain(
+  return _groups.with_rates(
     _accumulated(average, eps, subset_size, square_axis),
     _accumulated(average, eps, None, 0),
+    _adam.decay_after_step,
     (learning_rate, other_learning_rate),
     (weight_decay, mask),
     matrices,
@@ -77,7 +78,7 @@ def adagrad_snsm(
   mask: _adam.Mask = None,
   rank: int = 128,
   gap: int = 200,
-  projector: _subspace_momentum.Projector = 'svd',
+  projector: _bases.Projector = 'svd',
   on_refresh: str = 'reset',
   subset_size: int | str | None = 'heuristic',
   square_axis: int = 0,
@@ -128,9 +129,10 @@ def adagrad_snsm(
     b1, rank, gap, projector=projector, on_refresh=on_refresh, seed=seed
   )
   average = _momentum.scale_by_ema(b1, False)
-  return _alias.with_plain(
+  return _groups.with_rates(
     _accumulated(momentum, eps, subset_size, square_axis),
     _accumulated(average, eps, None, 0),
+    _adam.decay_after_step,
     (learning_rate, other_learning_rate),
     (weight_decay, mask),
     matrices,

@@ -5,6 +5,7 @@ import chex
 import optax
 
 from optax_mp.optimizers._core import _adam
+from optax_mp.optimizers._core import _bases
 from optax_mp.optimizers._core import _groups
 from optax_mp.optimizers._core import _low_rank
 from optax_mp.optimizers._core import _momentum
@@ -120,7 +121,7 @@ def adamw_snsm(
   mask: _adam.Mask = None,
   rank: int = 128,
   gap: int = 200,
-  projector: _subspace_momentum.Projector = 'svd',
+  projector: _bases.Projector = 'svd',
   on_refresh: str = 'reset',
   subset_size: int | str | None = 'heuristic',
   square_axis: int = 0,

@@ -5,10 +5,10 @@ import chex
 import optax
 
 from optax_mp.optimizers._core import _adam
+from optax_mp.optimizers._core import _bases
 from optax_mp.optimizers._core import _groups
 from optax_mp.optimizers._core import _momentum
 from optax_mp.optimizers._snsm import _adamw
-from optax_mp.optimizers._snsm import _alias
 from optax_mp.optimizers._snsm import _subset_norm
 from optax_mp.optimizers._snsm import _subspace_momentum
 
@@ -23,7 +23,7 @@ def adamw_sm(
   mask: _adam.Mask = None,
   rank: int = 128,
   gap: int = 200,
-  projector: _subspace_momentum.Projector = 'svd',
+  projector: _bases.Projector = 'svd',
   on_refresh: str = 'reset',
   matrices: _groups.Matrices = _groups.hidden_matrices,
   adam_learning_rate: optax.ScalarOrSchedule | None = None,
@@ -143,9 +143,10 @@ def rmsprop_sn(
       square_axis=square_axis,
     )
 
-  return _alias.with_plain(
+  return _groups.with_rates(
     scale(subset_size, square_axis),
     scale(None, 0),
+    _adam.decay_after_step,
     (learning_rate, other_learning_rate),
     (weight_decay, mask),
     matrices,
@@ -158,7 +159,7 @@ def sgd_sm(
   rank: int = 128,
   *,
   gap: int = 200,
-  projector: _subspace_momentum.Projector = 'svd',
+  projector: _bases.Projector = 'svd',
   on_refresh: str = 'reset',
   weight_decay: chex.Numeric = 0.0,
   mask: _adam.Mask = None,
@@ -205,9 +206,10 @@ def sgd_sm(
   method = _subspace_momentum.scale_by_subspace_momentum(
     b1, rank, gap, projector=projector, on_refresh=on_refresh, seed=seed
   )
-  return _alias.with_plain(
+  return _groups.with_rates(
     method,
     _momentum.scale_by_ema(b1, False),
+    _adam.decay_after_step,
     (learning_rate, other_learning_rate),
     (weight_decay, mask),
     matrices,

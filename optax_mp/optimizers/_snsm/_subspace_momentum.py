@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Subspace-Momentum: momentum along a few directions, none along the others."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import chex
@@ -18,7 +17,6 @@ from optax_mp.optimizers._core import _trees
 
 NOTHING = _trees.NOTHING
 KINDS = ('svd', 'random', 'topk', 'uniform')
-Projector = str | Callable[[chex.Array, int, chex.PRNGKey], chex.Array]
 
 
 class ScaleBySubspaceMomentumState(NamedTuple):
@@ -39,7 +37,7 @@ def scale_by_subspace_momentum(
   rank: int = 128,
   gap: int = 200,
   *,
-  projector: Projector = 'svd',
+  projector: _bases.Projector = 'svd',
   on_refresh: str = 'reset',
   bias_correction: bool = False,
   seed: int = 0,
@@ -157,7 +155,7 @@ def scale_by_subspace_momentum(
 
 
 def make_projector(
-  projector: Projector, g: chex.Array, rank: int, key: Any
+  projector: _bases.Projector, g: chex.Array, rank: int, key: Any
 ) -> chex.Array:
   """Directions (..., r, n) or (..., m, r), or int32 indices (..., r)."""
   rank = _projection.clamped(rank, g.shape)
@@ -212,9 +210,7 @@ def _zero_momentum(p, projector, rank):
   axis = _projection.long_axis(p.shape)  # the one that is kept
   if jnp.issubdtype(dtype, jnp.integer):
     axis = -3 - axis
-  axes = [*_trees.stack_axes(p), len(p.shape) + axis]
-  mu = _trees.zeros_along(p, axes, _projection.clamped(rank, p.shape))
-  return mu if axis == -2 else jnp.swapaxes(mu, -1, -2)
+  return _bases.zero_moment(p, axis, rank)
 
 
 def _projector_like(p, projector, rank):
