@@ -138,15 +138,15 @@ PAPERS = {
   'optax.adafactor': Paper(
     functools.partial(optax.adafactor, multiply_by_parameter_scale=False), 2e-3
   ),
-  'came': _paper(optax_mp.came, 2e-4, per_slice_clip=True, **_WEIGHTS),
+  'came': _paper(optax_mp.came, 1e-3, per_slice_clip=True, **_WEIGHTS),
   'came, b2=0.95, b3=0.995': _paper(
     optax_mp.came, 5e-4, b2=0.95, b3=0.995, per_slice_clip=True, **_WEIGHTS
   ),
   'adalomo': _paper(optax_mp.adalomo, 5e-2, **_WEIGHTS),
-  'lomo': Paper(optax_mp.lomo, 0.5),
+  'lomo': Paper(optax_mp.lomo, 1.0),
   'hfac': _paper(optax_mp.hfac, 2e-3, **_WEIGHTS),
   'adam_mini': Paper(functools.partial(optax_mp.adam_mini, **_BLOCKS), 2e-3),
-  'rmsprop_sn': _paper(optax_mp.rmsprop_sn, 5e-3),
+  'rmsprop_sn': _paper(optax_mp.rmsprop_sn, 1e-2),
   'adamw_sn': _paper(optax_mp.adamw_sn, 2e-2),
   'adamw_snsm': _paper(optax_mp.adamw_snsm, 2e-2, **_RANK),
   'adamw_snsm, topk': _paper(
@@ -155,8 +155,8 @@ PAPERS = {
   'adamw_snsm, half the steps': _paper(optax_mp.adamw_snsm, 2e-2, 0.5, **_RANK),
   'galore': _paper(optax_mp.galore, 1e-2, **_RANK),
   'fira': _paper(optax_mp.fira, 1e-2, **_RANK),
-  'apollo': _paper(optax_mp.apollo, 2e-2, **_RANK),
-  'apollo_mini': _paper(optax_mp.apollo_mini, 5e-3),
+  'apollo': _paper(optax_mp.apollo, 1e-2, **_RANK),
+  'apollo_mini': _paper(optax_mp.apollo_mini, 1e-2),
   'grass': _paper(optax_mp.grass, 1e-2, **_RANK),
   'micro_adam': Paper(optax_mp.micro_adam, 1e-3),
 }

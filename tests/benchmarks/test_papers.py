@@ -64,6 +64,10 @@ def test_rows_are_what_they_say(name):
     assert row['bracketed'], 'the best rate has worse ones on both sides'
     assert len(row['losses']) == 5
     searched = {float(rate): loss for rate, loss in row['search'].items()}
+    grid = range(-papers.MOST, papers.MOST)
+    # What the command would try, from where the row begins.
+    assert set(searched) <= {papers.rate_at(paper, step) for step in grid}
+    assert paper.learning_rate in searched
     assert (
       min(searched, key=lambda rate: searched[rate]) == row['learning_rate']
     )
