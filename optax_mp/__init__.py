@@ -40,6 +40,7 @@ from optax_mp.optimizers import lomo as lomo
 from optax_mp.optimizers import micro_adam as micro_adam
 from optax_mp.optimizers import rmsprop_sn as rmsprop_sn
 from optax_mp.optimizers import sgd_sm as sgd_sm
+from optax_mp.sharding import state_shardings as state_shardings
 from optax_mp.wrappers import CompensatedState as CompensatedState
 from optax_mp.wrappers import CompressedState as CompressedState
 from optax_mp.wrappers import compensated as compensated
@@ -85,4 +86,5 @@ __all__ = (
   'sgd_sm',
   'sgdm_8bit',
   'sgdm_bf16',
+  'state_shardings',
 )

@@ -19,6 +19,7 @@ ALLOWED = {
   'memory': {'formats'},
   'checkpoint': {'wrappers', 'formats'},
   'backward': {'formats'},
+  'sharding': {'formats'},
 }
 
 

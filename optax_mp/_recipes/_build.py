@@ -12,6 +12,7 @@ import optax
 
 from optax_mp import formats
 from optax_mp.formats import _maps
+from optax_mp.formats import _rule
 from optax_mp.wrappers import _compressed
 from optax_mp.wrappers import compensated
 
@@ -96,14 +97,16 @@ def first_moment(
   return formats.BlockInt(bits, **settings)
 
 
-def divided_first_moment(decay: Any) -> formats.BlockInt:
+def divided_first_moment(decay: Any) -> formats.Format:
   """The same of one that is divided by the root of a second moment.
 
   Then small ones count as much as large ones. The noise of ratios of two adds
-  up in slow averages, which keep the finer codes.
+  up in slow averages, which keep the finer codes. The decay chooses for a new
+  state alone: one that was made with another decay keeps its map.
   """
-  slow = not is_fast(decay)
-  return first_moment(decay, map='sqrt' if slow else 'sqrt_log')
+  fine, wide = (first_moment(decay, map=m) for m in ('sqrt', 'sqrt_log'))
+  new, other = (wide, fine) if is_fast(decay) else (fine, wide)
+  return _rule.Either(new, (other,))
 
 
 def is_fast(*decays: Any) -> bool:

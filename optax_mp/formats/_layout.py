@@ -20,16 +20,10 @@ def lay_out(state: Any, params: Any) -> Any:
   like the parameter at the same path is told to be laid out like that.
   """
   leaves = dict(jax.tree_util.tree_leaves_with_path(params))
-  paths = [
-    path
-    for path, _ in jax.tree_util.tree_leaves_with_path(
-      state, is_leaf=_base.is_stored
-    )
-  ]
-  parts = _paths.split_paths(paths, leaves)
+  owners = _paths.owners(state, leaves)
 
   def like_param(path, stored):
-    param = leaves.get(parts[path][1])
+    param = leaves.get(owners[path])
     if param is None:
       return stored
     return jax.tree.map(functools.partial(_lay_out, param=param), stored)

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optax_mp.formats import _base
+
 Path: TypeAlias = tuple[Any, ...]
 
 # Flax NNX keeps each array in a Variable, which adds an attribute to the path.
@@ -78,6 +80,18 @@ def split_paths(
     cut = max(starts, key=lambda i, p=path: below[p[:i]], default=len(path))
     found[path] = (path[:cut], path[cut:])
   return found
+
+
+def owners(state: Any, params: Collection[Path]) -> dict[Path, Path]:
+  """The path of each leaf of a state -> that of its parameter, or ().
+
+  Args:
+    state: a state; what a format stored of one array is one leaf.
+    params: the paths of all parameters.
+  """
+  leaves = jax.tree_util.tree_leaves_with_path(state, is_leaf=_base.is_stored)
+  parts = split_paths([path for path, _ in leaves], params)
+  return {path: param for path, (_, param) in parts.items()}
 
 
 def fields(path: Path) -> list[str]:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from optax_mp.formats import _base
 from optax_mp.formats import _fitted
+from optax_mp.formats import _names
 from optax_mp.formats import _paths
 
 _ByPath: TypeAlias = Callable[[str, Any], _base.Format | None]
@@ -27,8 +28,29 @@ class Choice(NamedTuple):
 
   path: str  # as rules see it
   shape: tuple[int, ...]
-  format: _base.Format | None
+  format: _base.Format | None  # of a new state
   note: str  # why it is not stored as one might expect, or empty
+  others: tuple[_base.Format, ...] = ()  # which older states may have kept
+
+
+@dataclasses.dataclass(frozen=True)
+class Either:
+  """A format for new states, and others that older states may be kept in.
+
+  For a recipe that chooses a format by a hyperparameter: a state that was made
+  with another value of it keeps its format.
+  """
+
+  format: _base.Format
+  others: tuple[_base.Format, ...]
+
+  def encode(self, x: Any, key: Any = None) -> Any:
+    """Stores ``x`` as a new state is stored."""
+    return self.format.encode(x, key)
+
+  def decode(self, stored: Any, like: Any) -> Any:
+    """Gives the array back that ``encode`` stored."""
+    return self.format.decode(stored, like)
 
 
 # Known to JAX, so that a function compiled without it is traced again.
@@ -66,9 +88,28 @@ def leaf_formats(
   return formats_of(leaf_choices(tree, rule, min_size))
 
 
-def formats_of(choices: list[Choice | None]) -> list[_base.Format | None]:
-  """What was chosen; None for what stays as it is."""
-  return [choice.format if choice else None for choice in choices]
+def formats_of(
+  choices: list[Choice | None], stored: list[Any] | None = None
+) -> list[_base.Format | None]:
+  """The format of each leaf; None for leaves that stay as they are.
+
+  Args:
+    choices: what a rule decided.
+    stored: what is there of each leaf, if there is a state already.
+  """
+  if stored is None:
+    return [choice.format if choice else None for choice in choices]
+  return [
+    None if choice is None else _format_in(x, choice)
+    for choice, x in zip(choices, stored, strict=True)
+  ]
+
+
+def _format_in(stored: Any, choice: Choice) -> _base.Format | None:
+  """The one of the choice's formats that the name of a stored leaf tells."""
+  name = _names.name_in(stored)
+  known = (f for f in choice.others if _names.name_of(f) == name)
+  return next(known, choice.format)
 
 
 def leaf_choices(
@@ -99,15 +140,17 @@ def leaf_choices(
     if not is_float(leaf) or path in kept_already:
       choices.append(None)
       continue
-    format, note = None, f'fewer than min_size={min_size} values'
+    format, note, others = None, f'fewer than min_size={min_size} values', ()
     name = _paths.path_str(path, variables)
     if is_float(leaf, min_size):
       if kept and kept.search(_paths.path_str(param, variables)):
         note = f'kept by {kept.pattern!r}'
       else:
         format = _choose(rule, name, leaf, _paths.fields(state))
+        if isinstance(format, Either):
+          format, others = format.format, format.others
         note = _fitted.note(format, leaf.shape) if format else 'by the rule'
-    choices.append(Choice(name, leaf.shape, format, note))
+    choices.append(Choice(name, leaf.shape, format, note, others))
   return choices
 
 

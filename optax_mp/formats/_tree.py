@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stores the leaves of a pytree, each in its format, and gives them back."""
 
-from collections.abc import Mapping
 import functools
 from typing import Any
 
@@ -10,7 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from optax_mp.formats import _base
+from optax_mp.formats import _containers
 from optax_mp.formats import _fitted
+from optax_mp.formats import _names
 from optax_mp.formats import _paths
 from optax_mp.formats import _rule
 
@@ -103,7 +104,7 @@ def encode_leaves(
       stored.append(leaf)
       continue
     own_key = None if key is None else _paths.leaf_key(key, path)
-    stored.append(encode(format, leaf, own_key, scale))
+    stored.append(encode_stored(format, leaf, own_key, scale))
   return treedef.unflatten(stored)
 
 
@@ -126,8 +127,8 @@ def decode_leaves(
   found = flatten_state(treedef, stored, argument)
   decoded = []
   for (path, leaf), format, x in zip(leaves, chosen, found, strict=True):
-    x = _check_stored(path, x, format, leaf, argument)
-    decoded.append(x if format is None else decode(format, x, leaf))
+    x = check_stored(path, x, format, leaf, argument)
+    decoded.append(decode_stored(format, x, leaf))
   return treedef.unflatten(decoded)
 
 
@@ -137,6 +138,20 @@ def flatten_state(
   """What is stored for each leaf; a ValueError for other parameters."""
   hint = _paths.OTHER_PARAMS
   return _paths.flatten_like(treedef, stored, argument, 'like', hint)
+
+
+def encode_stored(
+  format: _base.Format, x: Any, key: Any = None, scales: Any = None
+) -> Any:
+  """One leaf as a state keeps it: under the name of its format."""
+  return _names.named(format, encode(format, x, key, scales))
+
+
+def decode_stored(format: _base.Format | None, stored: Any, like: Any) -> Any:
+  """The inverse of :func:`encode_stored`; a leaf without format is itself."""
+  if format is None:
+    return stored
+  return decode(format, _names.nameless(stored), like)
 
 
 # Compiled apart, so that a model of many layers traces each format once for
@@ -165,7 +180,7 @@ def _decode(format: _base.Format, stored: Any, shape: Any, dtype: Any) -> Any:
   return format.decode(stored, jax.ShapeDtypeStruct(shape, dtype))
 
 
-def _check_stored(
+def check_stored(
   path: _paths.Path,
   stored: Any,
   format: _base.Format | None,
@@ -175,61 +190,32 @@ def _check_stored(
   """Returns what is stored, or a ValueError where another rule stored it."""
   expected = leaf
   if format is not None:
-    expected = _base.stored_like(format, leaf.shape, jnp.dtype(leaf.dtype))
-  found = as_stored(stored, expected)
-  if _layout(found) != _layout(expected):
+    expected = stored_like(format, leaf.shape, jnp.dtype(leaf.dtype))
+  found = _containers.as_stored(stored, expected)
+  if layout(found) != layout(expected):
     raise ValueError(
-      f'`{argument}` has {_text(stored)} at {_paths.path_str(path)!r}, but '
-      f'{format or "no format"} stores {_text(expected)} there: rule, '
-      '`min_size` or shapes (of the gradients too) changed since `init`. Use '
-      'the old ones, or call `init` again.'
+      f'`{argument}` has {text(stored)} at {_paths.path_str(path)!r}, but '
+      f'{format or "no format"} stores {text(expected)} there: rule, a '
+      'setting, `min_size` or shapes (of the gradients too) changed since '
+      '`init`. Use the old ones, convert the state with '
+      '`checkpoint.convert(old_tx, new_tx, state, params)`, or call `init` '
+      'again.'
     )
   return found
 
 
-def in_containers(stored: Any, given: Any, like: Any) -> Any:
-  """Gives each stored leaf the container that the state came in.
-
-  Flax NNX keeps NamedTuples as mappings, and what Optax merges, the states
-  before and after a step, must have one structure.
-  """
-  treedef = jax.tree.structure(like)
-  pairs = zip(
-    treedef.flatten_up_to(stored), treedef.flatten_up_to(given), strict=True
-  )
-  return treedef.unflatten(contained(x, old) for x, old in pairs)
+def stored_like(format: _base.Format, shape: Any, dtype: Any) -> Any:
+  """What a state holds of an array: shapes and dtypes, under its name."""
+  return _names.named(format, _base.stored_like(format, shape, dtype))
 
 
-def contained(x: Any, given: Any) -> Any:
-  """One stored leaf in the container that the old one came in."""
-  if not isinstance(x, tuple) or not isinstance(given, Mapping):
-    return x
-  parts = {k: contained(_part(x, k), given[k]) for k in given}
-  return type(given)(parts)  # type: ignore[call-arg]
-
-
-def as_stored(x: Any, expected: Any) -> Any:
-  """Flax NNX makes mappings of tuples: back to what the format stores."""
-  if not isinstance(expected, tuple) or not isinstance(x, Mapping):
-    return x
-  keys = getattr(expected, '_fields', range(len(expected)))
-  if set(x) != set(keys):
-    return x
-  parts = [as_stored(x[k], _part(expected, k)) for k in keys]
-  make = getattr(type(expected), '_make', tuple)
-  return make(parts)
-
-
-def _part(x: tuple[Any, ...], key: Any) -> Any:
-  """By name, or by number where it has none."""
-  return getattr(x, key) if isinstance(key, str) else x[key]
-
-
-def _layout(tree: Any) -> Any:
+def layout(tree: Any) -> Any:
   leaves, treedef = jax.tree.flatten(tree)
   return treedef, [(x.shape, x.dtype) for x in leaves]
 
 
-def _text(tree: Any) -> str:
-  """``bfloat16(3,) + uint8(3,)``."""
-  return ' + '.join(f'{x.dtype}{x.shape}' for x in jax.tree.leaves(tree))
+def text(stored: Any) -> str:
+  """``Split_8_v2 of bfloat16(3,) + uint8(3,)``; an array has no name."""
+  arrays = ' + '.join(f'{x.dtype}{x.shape}' for x in jax.tree.leaves(stored))
+  name = _names.describe(stored)
+  return f'{name} of {arrays}' if name else arrays

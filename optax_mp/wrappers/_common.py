@@ -77,7 +77,8 @@ def check_state(state: Any, expected: type[Any]) -> None:
     raise ValueError(
       f'`state` must be the {expected.__name__} that `init` returned; got a '
       f'{type(state).__name__}. A checkpoint is restored into '
-      '`jax.eval_shape(tx.init, params)`, so that containers keep their types.'
+      '`jax.eval_shape(tx.init, params)`, so that containers keep their types; '
+      '`checkpoint.rebuild(tx, params, tree)` makes a state of plain dicts.'
     )
 
 

@@ -10,6 +10,9 @@ import jax.numpy as jnp
 import optax
 
 from optax_mp.formats import _base
+from optax_mp.formats import _boxes
+from optax_mp.formats import _containers
+from optax_mp.formats import _leaves
 from optax_mp.formats import _paths
 from optax_mp.wrappers import _common
 from optax_mp.wrappers import _residual
@@ -19,7 +22,8 @@ class CompensatedState(NamedTuple):
   """The inner state and the residuals of the parameters."""
 
   inner_state: optax.OptState
-  residual: chex.ArrayTree  # like params: [u]int16 or [u]int8, or EmptyState()
+  # Like params: `Residual(low)`, `NoResidual()`, or EmptyState() for float32.
+  residual: chex.ArrayTree
   noise_count: chex.Array  # (), uint32: how often noise was drawn
 
 
@@ -108,6 +112,7 @@ def compensated(
     return inner.init(_common.to_float32(params)), residual
 
   def init_fn(params):
+    params = _leaves.checked(params, 'params')
     _check_halves(params)
     inner_state, residual = build(params)
     return CompensatedState(inner_state, residual, jnp.zeros((), jnp.uint32))
@@ -123,9 +128,11 @@ def compensated(
 
   def update_fn(updates, state, params=None, **extra_args):
     _common.check_state(state, CompensatedState)
+    updates = _leaves.checked(updates, 'updates')
     paths, leaves, residuals, treedef = _flatten(
       updates, state, params, residual_bits
     )
+    given = treedef.flatten_up_to(state.residual)
     weights = list(map(_residual.join, leaves, residuals))
     deltas, inner_state = inner.update(
       _common.to_float32(updates),
@@ -142,11 +149,15 @@ def compensated(
       )
     ]
     new_updates = treedef.unflatten(update for update, _ in pairs)
-    residual = treedef.unflatten(residual for _, residual in pairs)
+    residual = treedef.unflatten(
+      _containers.contained(new, old)
+      for (_, new), old in zip(pairs, given, strict=True)
+    )
     count = state.noise_count + 1
     return new_updates, CompensatedState(inner_state, residual, count)
 
-  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+  tx = optax.GradientTransformationExtraArgs(init_fn, update_fn)
+  return _boxes.transparent(tx)
 
 
 def _flatten(updates: Any, state: Any, params: Any, residual_bits: int):
@@ -156,15 +167,24 @@ def _flatten(updates: Any, state: Any, params: Any, residual_bits: int):
       '`params` is None, but `compensated` joins the parameters with their '
       'residuals. Call `update(updates, state, params)`.'
     )
+  params = _leaves.checked(params, 'params')
   pairs, treedef = jax.tree_util.tree_flatten_with_path(params)
   paths, leaves = [path for path, _ in pairs], [leaf for _, leaf in pairs]
   residuals = _paths.flatten_like(
     treedef, state.residual, 'state', 'params', _paths.OTHER_PARAMS
   )
-  for path, leaf, residual in zip(paths, leaves, residuals, strict=True):
-    _residual.check_fits(path, leaf, residual, residual_bits)
+  residuals = [
+    _residual.fitting(path, leaf, residual, residual_bits)
+    for path, leaf, residual in zip(paths, leaves, residuals, strict=True)
+  ]
   gradients = _paths.flatten_like(treedef, updates, 'updates', 'params')
   for path, leaf, gradient in zip(paths, leaves, gradients, strict=True):
+    if gradient is None:
+      raise ValueError(
+        f'`updates` has no gradient at {_paths.path_str(path)!r}; got None for '
+        f'the parameter {leaf.dtype}{leaf.shape}. Pass zeros, or leave the '
+        'parameter out of both trees, as `equinox.partition` does.'
+      )
     if gradient.shape != leaf.shape:
       raise ValueError(
         f'`updates` has the shape {gradient.shape} at '
@@ -176,7 +196,7 @@ def _flatten(updates: Any, state: Any, params: Any, residual_bits: int):
 
 def _check_halves(params: Any) -> None:
   """Says so if there is nothing to compensate."""
-  dtypes = {jnp.dtype(leaf.dtype) for leaf in jax.tree.leaves(params)}
+  dtypes = {leaf.dtype for leaf in jax.tree.leaves(params)}
   if dtypes and not any(_residual.format_of(dtype, 0) for dtype in dtypes):
     warnings.warn(
       '`compensated` does nothing: got `params` without a bfloat16 or float16 '

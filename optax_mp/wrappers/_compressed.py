@@ -11,7 +11,10 @@ import optax
 
 from optax_mp import formats
 from optax_mp.formats import _base
+from optax_mp.formats import _boxes
+from optax_mp.formats import _containers
 from optax_mp.formats import _layout
+from optax_mp.formats import _leaves
 from optax_mp.formats import _paths
 from optax_mp.formats import _rule
 from optax_mp.formats import _tree
@@ -123,9 +126,6 @@ def keep_compressed(
     paths = _paths.param_paths(params)
     return _rule.leaf_choices(like, rule, min_size, paths, kept)
 
-  def choose(like, params):
-    return _rule.formats_of(choices(like, params))
-
   @_common.laid_out
   def build(params):
     state = inner.init(_common.to_float32(params))
@@ -138,9 +138,10 @@ def keep_compressed(
     return _rule.decided(stored, jax.tree.structure(state), decided)
 
   def init_fn(params):
+    params = _leaves.checked(params, 'params')
     if jax.tree.leaves(params):  # `optax.tree.map_params` has none, nor groups
       like = _template(inner, params)
-      chosen = choose(like, params)
+      chosen = _rule.formats_of(choices(like, params))
       _check_wide(like, chosen)
       _rule.warn_unless_kept(_paths.param_paths(params), kept)
       if not may_do_nothing:
@@ -152,30 +153,35 @@ def keep_compressed(
 
   def update_fn(updates, state, params=None, **extra_args):
     _common.check_state(state, CompressedState)
+    updates = _leaves.checked(updates, 'updates')
     like = _template(inner, updates)
-    chosen = choose(like, updates)
+    found = _tree.flatten_state(jax.tree.structure(like), state.inner_state)
+    chosen = _rule.formats_of(choices(like, updates), found)
     if params is not None:
+      params = _leaves.checked(params, 'params')
       treedef = jax.tree.structure(updates)
       _paths.flatten_like(treedef, params, 'params', 'updates')
 
     def advance(stored):
-      return inner.update(
+      new_updates, inner_state = inner.update(
         _common.to_float32(updates),
         _tree.decode_leaves(stored, like, chosen, 'state'),
         None if params is None else _common.to_float32(params),
         **extra_args,
       )
+      return new_updates, _leaves.cast_like(inner_state, like)
 
     scales = _passes.fit_ahead(advance, state.inner_state, like, chosen)
     new_updates, inner_state = advance(state.inner_state)
     layer = extra_args.get('layer')
     now = _common.noise_key(seed, state.noise_count, layer)
     stored = _tree.encode_leaves(inner_state, chosen, now, scales)
-    stored = _tree.in_containers(stored, state.inner_state, like)
+    stored = _containers.in_containers(stored, state.inner_state, like)
     new_updates = _cast_like(new_updates, updates, params)
     return new_updates, CompressedState(stored, state.noise_count + 1)
 
-  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+  tx = optax.GradientTransformationExtraArgs(init_fn, update_fn)
+  return _boxes.transparent(tx)
 
 
 def _template(inner: optax.GradientTransformation, tree: Any) -> Any:

@@ -2,7 +2,7 @@
 """One parameter and its residual: join them, step, and cut them again."""
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -12,9 +12,13 @@ import optax
 
 from optax_mp import formats
 from optax_mp.formats import _base
+from optax_mp.formats import _containers
+from optax_mp.formats import _names
 from optax_mp.formats import _paths
 from optax_mp.formats import _tree
 from optax_mp.wrappers import _common
+
+_SPLITS = (formats.Split, formats.SplitFloat16)
 
 
 def format_of(
@@ -34,62 +38,94 @@ def format_of(
   return split(residual_bits, rounding or default)
 
 
+@formats.Stored.register
+class Residual(NamedTuple):
+  """What rounding a parameter removes; ``low.shape == param.shape``.
+
+  In a state the field is named after the format of both, ``low__Split_16_v2``.
+  """
+
+  low: chex.Array  # [u]int16 or [u]int8
+
+
+@formats.Stored.register
+class NoResidual(NamedTuple):
+  """A 16-bit parameter whose rounding error is not kept."""
+
+
+def format_in(residual: Any) -> formats.Format | None:
+  """The format of a parameter and its residual, by the residual's name."""
+  name = _names.name_in(residual)
+  known = (kind(bits) for kind in _SPLITS for bits in (16, 8))
+  return next((f for f in known if _names.name_of(f) == name), None)
+
+
+def is_residual(x: Any) -> bool:
+  """True for what the state keeps of one parameter, by name or by type."""
+  return isinstance(x, (Residual, NoResidual)) or format_in(x) is not None
+
+
 def bits_of(residual: Any) -> int:
-  """16, 8 or, where there is no array, 0."""
-  has_bits = hasattr(residual, 'dtype')
-  return _base.dtype_bits(residual.dtype) if has_bits else 0
+  """16, 8 or, where no rounding error is kept, 0."""
+  low = jax.tree.leaves(residual)
+  return _base.dtype_bits(low[0].dtype) if low else 0
 
 
 @functools.cache
-def dtype_of(param_dtype: Any, residual_bits: int) -> Any:
-  """The dtype of a parameter's residual; None where it has none."""
+def like(param_dtype: Any, shape: Any, residual_bits: int) -> Any:
+  """What the state holds for a parameter: shapes and dtypes, under its name."""
   format = format_of(param_dtype, residual_bits)
-  if format is None or residual_bits == 0:
-    return None
-  return _base.stored_like(format, (), jnp.dtype(jnp.float32)).low.dtype
+  if format is None:
+    return optax.EmptyState()
+  if residual_bits == 0:
+    return NoResidual()
+  stored = _base.stored_like(format, shape, jnp.dtype(jnp.float32))
+  return _names.named(format, Residual(stored.low))
 
 
 def no_error(param: chex.Array, residual_bits: int) -> Any:
   """The residual of a parameter that is exactly what it should be: zeros."""
-  dtype = dtype_of(jnp.dtype(param.dtype), residual_bits)
-  if dtype is None:
-    return optax.EmptyState()
-  return jnp.zeros_like(param, dtype)
+  expected = like(param.dtype, param.shape, residual_bits)
+  return jax.tree.map(lambda x: jnp.zeros_like(param, x.dtype), expected)
 
 
-def check_fits(
-  path: Any, param: Any, residual: Any, residual_bits: int
-) -> None:
-  """Raises a ValueError unless the residual is one of this parameter's."""
-  expected = dtype_of(jnp.dtype(param.dtype), residual_bits)
-  found = getattr(residual, 'dtype', None)
-  shape = getattr(residual, 'shape', param.shape)
-  if found != expected or shape != param.shape:
+def fitting(path: Any, param: Any, residual: Any, residual_bits: int) -> Any:
+  """The residual, or a ValueError unless it is one of this parameter's."""
+  expected = like(param.dtype, param.shape, residual_bits)
+  found = _containers.as_stored(residual, expected)
+  if _tree.layout(found) != _tree.layout(expected):
     raise ValueError(
       f'`params` has {param.dtype}{param.shape} at {_paths.path_str(path)!r}, '
-      f'which needs a residual of {expected or "none"}, but the state holds '
-      f'{f"{found}{shape}" if found else "none"}: dtype, shape or '
-      '`residual_bits` changed since `init`. Call `init` again, or convert '
-      'with `checkpoint.to_float32` and `checkpoint.from_float32`.'
+      f'which needs a residual of {_text(expected)}, but the state holds '
+      f'{_text(residual)}: dtype, shape or `residual_bits` changed since '
+      '`init`. If adding updates made the parameters float32, add them with '
+      '`optax.apply_updates`, which keeps the dtype, or cast the sum. Call '
+      '`init` again for other parameters, and for another setting convert the '
+      'state with `checkpoint.convert(old_tx, new_tx, state, params)`.'
     )
+  return found
+
+
+def _text(residual: Any) -> str:
+  if isinstance(residual, NoResidual):
+    return 'no bits, of a 16-bit parameter'
+  return _tree.text(residual) if jax.tree.leaves(residual) else 'none'
 
 
 def join(param: chex.Array, residual: Any) -> chex.Array:
   """The float32 weight that a parameter and its residual stand for."""
-  bits = bits_of(residual)
-  if bits == 0:
+  format = format_in(residual)
+  if format is None:
     return _common.widen(param)
-  format = format_of(param.dtype, bits)
-  assert format is not None  # `check_fits` has compared the dtypes
-  like = jax.ShapeDtypeStruct(param.shape, jnp.float32)
-  return _tree.decode(format, formats.HighLow(param, residual), like)
+  shape = jax.ShapeDtypeStruct(param.shape, jnp.float32)
+  return _tree.decode(format, formats.HighLow(param, residual.low), shape)
 
 
-def cut(stored: Any) -> tuple[chex.Array, Any]:
+def cut(format: formats.Format, stored: Any) -> tuple[chex.Array, Any]:
   """What a format stored -> (parameter, residual)."""
   if formats.is_stored(stored):
-    return stored.high, stored.low
-  return stored, optax.EmptyState()
+    return stored.high, _names.named(format, Residual(stored.low))
+  return stored, NoResidual()
 
 
 # Compiled apart, so that each shape is traced once, however many leaves.
@@ -101,7 +137,7 @@ def step(
   key: chex.PRNGKey,
 ) -> tuple[chex.Array, Any]:
   """One leaf: the new float32 weight -> (update, residual)."""
-  target, residual = cut(format.encode(weight, key))
+  target, residual = cut(format, format.encode(weight, key))
   return _difference(target, param), residual
 
 

@@ -17,7 +17,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 import optax
 
+from optax_mp.formats import _boxes
 from optax_mp.formats import _layout
+from optax_mp.formats import _leaves
 from optax_mp.formats import _paths
 
 NOTHING = optax.MaskedNode()
@@ -38,10 +40,15 @@ def in_float32(
   inner = optax.with_extra_args_support(inner)
 
   @jax.jit  # which else may put zeros on one device
-  def init_fn(params):
+  def build(params):
     return _layout.lay_out(inner.init(params), params)
 
+  def init_fn(params):
+    return build(_leaves.checked(params, 'params'))
+
   def update_fn(updates, state, params=None, **extra_args):
+    updates = _leaves.checked(updates, 'updates')
+    params = _leaves.checked(params, 'params')
     wide = None if params is None else optax.tree.cast(params, jnp.float32)
     new_updates, state = inner.update(
       optax.tree.cast(updates, jnp.float32), state, wide, **extra_args
@@ -49,7 +56,8 @@ def in_float32(
     params = updates if params is None else params
     return jax.tree.map(_cast_like, new_updates, updates, params), state
 
-  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+  tx = optax.GradientTransformationExtraArgs(init_fn, update_fn)
+  return _boxes.transparent(tx)
 
 
 def _cast_like(u: chex.Array, gradient: chex.Array, param: chex.Array):

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_mp import formats
-from optax_mp.formats import _tree
+from optax_mp.formats import _containers
 from optax_mp.optimizers._core import _adam
 from optax_mp.optimizers._core import _checks
 from optax_mp.optimizers._core import _groups
@@ -107,13 +107,13 @@ def scale_by_micro_adam(
       if not g.size:
         return g, *given
       run = functools.partial(method.update, shape=g.shape)
-      state = [_tree.as_stored(part, stored) for part in given]
+      state = [_containers.as_stored(part, stored) for part in given]
       treedef = jax.tree.structure(state)
       axes = [tuple(range(g.ndim)), *method.axes(g, state)]
       out = _mesh.automatic(run, g, state, moments, like=g, axes=axes)
       new = jax.tree.unflatten(treedef, out[1:])
       pairs = zip(new, given, strict=True)
-      return out[0], *(_tree.contained(x, old) for x, old in pairs)
+      return out[0], *(_containers.contained(x, old) for x, old in pairs)
 
     updates, *fields = _trees.map_leaves(leaf, updates, state[1:])
     return updates, ScaleByMicroAdamState(count, *fields)

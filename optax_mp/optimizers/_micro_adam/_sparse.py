@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from optax_mp import formats
 from optax_mp.formats import _base
+from optax_mp.formats import _names
 from optax_mp.optimizers._core import _checks
 from optax_mp.optimizers._core import _trees
 from optax_mp.optimizers._micro_adam import _chunks
@@ -171,19 +172,26 @@ class Method(NamedTuple):
 
   def stored(self) -> Any:
     """What a residual is kept in: Flax NNX makes mappings of it."""
-    return jax.eval_shape(self.residual.encode, jnp.zeros(2))
+    return jax.eval_shape(self._encode, jnp.zeros(2))
 
   def _blank(self, group: Group) -> tuple[Any, Any, Any]:
     """What a block has before the first step. Indices of a gradient differ."""
     indices = jnp.tile(jnp.arange(group.kept, dtype=jnp.int16), self.window)
     values = jnp.zeros(indices.shape, self.values_dtype)
-    return indices, values, self.residual.encode(jnp.zeros(group.length))
+    return indices, values, self._encode(jnp.zeros(group.length))
+
+  def _encode(self, x: jax.Array) -> Any:
+    """One block of errors, under the name of its format."""
+    return _names.named(self.residual, self.residual.encode(x))
+
+  def _decode(self, kept: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
+    return self.residual.decode(_names.nameless(kept), like)
 
   def _step(self, x, indices, values, residual, moments, group):
     """Of blocks (R, length)."""
     like = jax.ShapeDtypeStruct((group.length,), jnp.float32)
-    encode = jax.vmap(self.residual.encode)
-    decode = jax.vmap(lambda kept: self.residual.decode(kept, like))
+    encode = jax.vmap(self._encode)
+    decode = jax.vmap(lambda kept: self._decode(kept, like))
     x = x + decode(residual)
     top = lax.top_k(jnp.abs(x), group.kept)[1]
     chosen = jnp.take_along_axis(x, top, 1)

@@ -7,14 +7,13 @@ import warnings
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
+from optax_mp.checkpoint import _dtypes
+from optax_mp.formats import _boxes
 from optax_mp.formats import _paths
 from optax_mp.wrappers import _compensated
 from optax_mp.wrappers import _residual
-
-_ARRAYS = (jax.Array, jax.ShapeDtypeStruct, np.ndarray)
 
 
 def to_float32(params: optax.Params, state: optax.OptState) -> optax.Params:
@@ -43,19 +42,26 @@ def to_float32(params: optax.Params, state: optax.OptState) -> optax.Params:
     >>> print(params, optax_mp.checkpoint.to_float32(params, state))
     1 0.999
   """
-  if _compensated_states(params):
+  if compensated_states(params):
     raise ValueError(
       '`params` must be the parameters; got an optimizer state. Call '
       '`to_float32(params, state)`.'
     )
+  weights = masters(_boxes.unbox(params), _boxes.unbox(state))
+  return _boxes.box_like(params, weights)
+
+
+def masters(params: Any, state: Any) -> Any:
+  """:func:`to_float32` of trees without boxes."""
   pairs, treedef = jax.tree_util.tree_flatten_with_path(params)
-  residuals = _residuals(len(pairs), state)
+  residuals = find_residuals(len(pairs), state)
   weights = []
   for (path, leaf), residual in zip(pairs, residuals, strict=True):
-    bits = _residual.bits_of(residual)
     if isinstance(residual, optax.MaskedNode):
       _check_needs_none(path, leaf)
-    _residual.check_fits(path, leaf, residual, bits)
+      residual = optax.EmptyState()
+    bits = _residual.bits_of(residual)
+    residual = _residual.fitting(path, leaf, residual, bits)
     weights.append(_residual.join(leaf, residual))
   return treedef.unflatten(weights)
 
@@ -93,9 +99,11 @@ def from_float32(
     >>> print(params['w'], optax_mp.checkpoint.to_float32(params, state)['w'])
     [0.100098 0.200195] [0.1 0.2]
   """
-  dtypes = _dtypes(params32, dtype)
-  build = jax.jit(lambda params32: _start(tx, params32, dtypes))
-  return build(params32)
+  weights = _boxes.unbox(params32)
+  dtypes = _dtypes.leaf_dtypes(weights, _boxes.unbox(dtype))
+  params, state = jax.jit(lambda w: _start(tx, w, dtypes))(weights)
+  state = _boxes.box_state(state, params32)
+  return _boxes.box_like(params32, params), state
 
 
 def _start(tx: Any, params32: Any, dtypes: list[Any]) -> tuple[Any, Any]:
@@ -107,26 +115,21 @@ def _start(tx: Any, params32: Any, dtypes: list[Any]) -> tuple[Any, Any]:
     warnings.simplefilter('ignore', UserWarning)
     state32 = tx.init(params32)
 
-  residuals = _residuals(len(leaves), state)
+  residuals = find_residuals(len(leaves), state)
   paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params32)]
   pairs = [
-    _cut(path, x, dtype, residual)
+    cut(path, x, dtype, residual)
     for path, x, dtype, residual in zip(
       paths, leaves, dtypes, residuals, strict=True
     )
   ]
   new = treedef.unflatten(residual for _, residual in pairs)
+  state = with_residuals(state, new)
 
   def merge(node, node32):
     if not _is_compensated(node):
       return node
-    residual = jax.tree.map(
-      lambda old, new: old if _is_empty(old) else new,
-      node.residual,
-      new,
-      is_leaf=_is_empty,
-    )
-    return node._replace(inner_state=node32.inner_state, residual=residual)
+    return node._replace(inner_state=node32.inner_state)
 
   treedef16 = jax.tree.structure(state, is_leaf=_is_compensated)
   hint = 'Choose its parts by name or shape, not by dtype.'
@@ -138,7 +141,24 @@ def _start(tx: Any, params32: Any, dtypes: list[Any]) -> tuple[Any, Any]:
   return treedef.unflatten(param for param, _ in pairs), state
 
 
-def _cut(path: Any, x: chex.Array, dtype: Any, residual: Any):
+def with_residuals(state: Any, residuals: Any) -> Any:
+  """The state with new residuals, for the parameters that have any."""
+
+  def replace(node):
+    if not _is_compensated(node):
+      return node
+    new = jax.tree.map(
+      lambda old, new: old if _is_empty(old) else new,
+      node.residual,
+      residuals,
+      is_leaf=_is_residual,
+    )
+    return node._replace(residual=new)
+
+  return jax.tree.map(replace, state, is_leaf=_is_compensated)
+
+
+def cut(path: Any, x: chex.Array, dtype: Any, residual: Any):
   """One float32 leaf -> (parameter, residual), rounded to nearest."""
   if x.dtype == dtype:
     return x, residual
@@ -150,7 +170,7 @@ def _cut(path: Any, x: chex.Array, dtype: Any, residual: Any):
     )
   format = _residual.format_of(dtype, _residual.bits_of(residual), 'nearest')
   assert format is not None  # `_float_dtype` has looked at the dtype
-  return _residual.cut(format.encode(x.astype(jnp.float32)))
+  return _residual.cut(format, format.encode(x.astype(jnp.float32)))
 
 
 def _check_needs_none(path: Any, leaf: Any) -> None:
@@ -163,14 +183,14 @@ def _check_needs_none(path: Any, leaf: Any) -> None:
     )
 
 
-def _residuals(num_params: int, state: Any) -> list[Any]:
+def find_residuals(num_params: int, state: Any) -> list[Any]:
   """The residual of each parameter; MaskedNode() for those not compensated.
 
   Matched by their order, since `nnx.Optimizer` keeps them in other containers.
   """
   found = [
-    jax.tree.leaves(node.residual, is_leaf=_is_empty)
-    for node in _compensated_states(state)
+    jax.tree.leaves(node.residual, is_leaf=_is_residual)
+    for node in compensated_states(state)
   ]
   if any(len(column) != num_params for column in found):
     raise ValueError(
@@ -184,41 +204,17 @@ def _residuals(num_params: int, state: Any) -> list[Any]:
   ]
 
 
-def _dtypes(params32: Any, dtype: Any) -> list[Any]:
-  """The dtype that each leaf shall have; integers keep theirs."""
-  leaves, treedef = jax.tree.flatten(params32)
-  if jax.tree_util.all_leaves([dtype]):
-    wanted = [dtype] * len(leaves)
-  else:
-    wanted = _paths.flatten_like(treedef, dtype, 'dtype', 'params32')
-  return [
-    _float_dtype(want) if jnp.issubdtype(x.dtype, jnp.floating) else x.dtype
-    for x, want in zip(leaves, wanted, strict=True)
-  ]
-
-
-def _float_dtype(want: Any) -> Any:
-  """A dtype, or that of an array, if it is one a parameter can have."""
-  known = {jnp.dtype(d) for d in (jnp.bfloat16, jnp.float16, jnp.float32)}
-  try:
-    dtype = want.dtype if isinstance(want, _ARRAYS) else jnp.dtype(want)
-  except TypeError:
-    dtype = None
-  if dtype not in known:
-    raise ValueError(
-      f'`dtype` must be bfloat16, float16 or float32, or a tree of these or of '
-      f'arrays like `params32`; got {want!r}.'
-    )
-  return dtype
-
-
-def _compensated_states(tree: Any) -> list[Any]:
+def compensated_states(tree: Any) -> list[Any]:
   nodes = jax.tree.leaves(tree, is_leaf=_is_compensated)
   return [node for node in nodes if _is_compensated(node)]
 
 
 def _is_compensated(node: Any) -> bool:
   return isinstance(node, _compensated.CompensatedState)
+
+
+def _is_residual(node: Any) -> bool:
+  return _is_empty(node) or _residual.is_residual(node)
 
 
 def _is_empty(node: Any) -> bool:

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""States as flat dictionaries of NumPy arrays, for any file format."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from optax_mp.checkpoint import _flat
+from optax_mp.checkpoint import _rebuild
+from optax_mp.formats import _boxes
+
+# Stands between a name and the dtype of an array that NumPy has no dtype for.
+_MARK = ':'
+_KEY = 'key'
+
+
+def to_arrays(state: Any) -> dict[str, np.ndarray]:
+  """A state as named NumPy arrays, for ``numpy.savez`` or safetensors.
+
+  Take it where a file format knows neither pytrees nor dtypes such as int4,
+  bfloat16 and fp8. No pickle is needed to read the file.
+
+  Args:
+    state: any state, or parameters; arrays that this process can read.
+
+  Returns:
+    Arrays by name, such as ``'0/mu/w/codes'``. An array whose dtype NumPy does
+    not have is viewed as unsigned integers of the same width, int4 one byte
+    each, and its name ends with its dtype: ``'0/mu/w/codes:int4'``.
+
+  Examples:
+    >>> import jax.numpy as jnp, optax_mp
+    >>> params = {'w': jnp.ones((64, 128), jnp.bfloat16)}
+    >>> state = optax_mp.adamw_4bit(1e-3).init(params)
+    >>> arrays = optax_mp.checkpoint.to_arrays(state)
+    >>> [name for name in arrays if 'mu' in name and 'codes' in name]
+    ['inner_state/inner_state/0/mu/w/codes:int4']
+  """
+  leaves = _flat.by_name(_boxes.unbox(state), 'state')
+  return dict(_viewed(name, x) for name, x in leaves.items())
+
+
+def from_arrays(
+  tx: optax.GradientTransformation,
+  params: optax.Params,
+  arrays: Mapping[str, np.ndarray],
+) -> Any:
+  """The state that :func:`to_arrays` took apart.
+
+  Args:
+    tx: the transformation that made the state.
+    params: the parameters, or their shapes and dtypes.
+    arrays: what :func:`to_arrays` returned, read from a file.
+
+  Returns:
+    A state of ``tx``.
+
+  Raises:
+    ValueError: as :func:`rebuild` does.
+
+  Examples:
+    >>> import jax.numpy as jnp, optax_mp
+    >>> params = {'w': jnp.ones((64, 128), jnp.bfloat16)}
+    >>> tx = optax_mp.adamw_4bit(1e-3)
+    >>> arrays = optax_mp.checkpoint.to_arrays(tx.init(params))
+    >>> state = optax_mp.checkpoint.from_arrays(tx, params, arrays)
+    >>> print(state.inner_state.inner_state[0].mu['w'].codes.dtype)
+    int4
+  """
+  return _rebuild.rebuild(
+    tx, params, dict(_restored(name, x) for name, x in arrays.items())
+  )
+
+
+def _viewed(name: str, x: Any) -> tuple[str, np.ndarray]:
+  if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+    return f'{name}{_MARK}{_KEY}', np.asarray(jax.random.key_data(x))
+  x = np.asarray(x)
+  if x.dtype.isbuiltin == 1:
+    return name, x
+  mark = f'{name}{_MARK}{x.dtype.name}'
+  return mark, np.ascontiguousarray(x).view(f'u{x.dtype.itemsize}')
+
+
+def _restored(name: str, x: Any) -> tuple[str, Any]:
+  name, mark, dtype = name.partition(_MARK)
+  if not mark:
+    return name, x
+  if dtype == _KEY:
+    return name, jax.random.wrap_key_data(x)
+  return name, np.asarray(x).view(jax.numpy.dtype(dtype))

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""States of one transformation, for another one around the same optimizer."""
+
+from typing import Any
+
+import jax
+import optax
+
+from optax_mp.checkpoint import _dtypes
+from optax_mp.checkpoint import _float32
+from optax_mp.checkpoint import _plain
+from optax_mp.formats import _boxes
+from optax_mp.formats import _layout
+from optax_mp.formats import _paths
+from optax_mp.wrappers import _residual
+
+
+def to_optax(
+  tx: optax.GradientTransformation, state: Any, params: optax.Params
+) -> Any:
+  """The state that Optax would have without this library's wrappers.
+
+  Take it to leave this library, to look at moments as float32 arrays, or to
+  compare two runs. :func:`convert` goes from format to format without holding
+  the whole state in float32.
+
+  Args:
+    tx: the transformation that made ``state``.
+    state: its state.
+    params: the parameters in training, or their shapes and dtypes.
+
+  Returns:
+    The state of the transformation inside :func:`compensated` and
+    :func:`compressed`, every array decoded to float32. Residuals of parameters
+    are not in it: :func:`to_float32` adds them to the parameters.
+
+  Raises:
+    ValueError: if ``tx`` did not make ``state``.
+
+  Examples:
+    >>> import jax.numpy as jnp, optax_mp
+    >>> params = {'w': jnp.ones((64, 128), jnp.bfloat16)}
+    >>> tx = optax_mp.adamw_8bit(1e-3)
+    >>> _, state = tx.update(params, tx.init(params), params)
+    >>> plain = optax_mp.checkpoint.to_optax(tx, state, params)
+    >>> print(type(plain[0]).__name__, plain[0].mu['w'].dtype)
+    ScaleByAdamState float32
+  """
+  bare = _boxes.unbox(params)
+  plain = _plain.leaves(_plain.spec(tx, bare), _boxes.unbox(state))
+  plain = jax.tree.map(lambda leaf: leaf(), plain)
+  return _boxes.box_state(plain, params)
+
+
+def from_optax(
+  tx: optax.GradientTransformation, plain_state: Any, params: optax.Params
+) -> Any:
+  """The state of ``tx`` that stands for a plain Optax state.
+
+  Take it to go on with a run of plain Optax, with parameters that have their
+  final dtype already. :func:`convert` also cuts float32 parameters.
+
+  Args:
+    tx: a transformation of this library.
+    plain_state: the state of the Optax transformation that ``tx`` wraps.
+    params: the parameters, as ``tx`` will train them.
+
+  Returns:
+    A state of ``tx``. The residuals of 16-bit parameters are zeros, as after
+    ``tx.init(params)``.
+
+  Raises:
+    ValueError: if ``plain_state`` is not one of the transformation in ``tx``.
+
+  Examples:
+    >>> import jax.numpy as jnp, optax, optax_mp
+    >>> params = {'w': jnp.ones((64, 128), jnp.bfloat16)}
+    >>> plain = optax.adamw(1e-3).init({'w': jnp.ones((64, 128))})
+    >>> tx = optax_mp.adamw_8bit(1e-3)
+    >>> state = optax_mp.checkpoint.from_optax(tx, plain, params)
+    >>> print(state.inner_state.inner_state[0].mu['w'].codes.dtype)
+    int8
+  """
+  bare = _boxes.unbox(params)
+  leaves = jax.tree.map(lambda x: lambda: x, _boxes.unbox(plain_state))
+  state = _plain.wrapped(_plain.spec(tx, bare), leaves, bare)
+  return _boxes.box_state(_layout.lay_out(state, bare), params)
+
+
+def convert(
+  old_tx: optax.GradientTransformation,
+  new_tx: optax.GradientTransformation,
+  state: Any,
+  params: optax.Params,
+  dtype: Any = None,
+) -> tuple[optax.Params, Any]:
+  """Goes on with a run under another recipe, format or residual width.
+
+  Take it for a checkpoint that another recipe saved (8 -> 4 bits), after a
+  change of a setting that decides a format (16 -> 8 residual bits), and in the
+  middle of a run (``optax.adamw`` -> ``adamw_8bit``). Each array is decoded and
+  stored again by itself, so the whole state never exists in float32.
+
+  Args:
+    old_tx: the transformation that made ``state``, of this library or of Optax.
+    new_tx: the transformation to go on with, around the same optimizer.
+    state: the state of ``old_tx``.
+    params: the parameters in training, arrays.
+    dtype: the dtype of the new parameters, or a tree of dtypes, as
+      :func:`from_float32` takes it; None: each keeps its own.
+
+  Returns:
+    ``(params, state)`` to train on with ``new_tx``. Parameters stand for the
+    same float32 weights as before, rounded to nearest where the new residual
+    has fewer bits.
+
+  Raises:
+    ValueError: if the optimizers inside differ, if ``old_tx`` did not make
+      ``state``, or if residuals would be lost because ``new_tx`` has none.
+
+  Examples:
+    >>> import jax.numpy as jnp, optax, optax_mp
+    >>> params = {'w': jnp.full((64, 128), 0.1)}  # float32
+    >>> old, new = optax.adamw(1e-3), optax_mp.adamw_8bit(1e-3)
+    >>> params, state = optax_mp.checkpoint.convert(
+    ...   old, new, old.init(params), params, jnp.bfloat16
+    ... )
+    >>> updates, state = new.update(params, state, params)
+    >>> print(params['w'].dtype, type(state).__name__)
+    bfloat16 CompensatedState
+
+  **Caveats:** codes are rounded anew, so ``convert`` there and back loses what
+  the smaller format cannot keep. It works under ``jit``, where XLA may keep
+  several arrays in float32 at once; call it eagerly for the smallest peak.
+  """
+  bare, state = _boxes.unbox(params), _boxes.unbox(state)
+  plain = _plain.leaves(_plain.spec(old_tx, bare), state)
+  weights = bare
+  if _float32.compensated_states(state):
+    weights = _float32.masters(bare, state)
+  dtypes = _dtypes.leaf_dtypes(bare, bare if dtype is None else dtype)
+  narrow = jax.tree.unflatten(
+    jax.tree.structure(bare),
+    [
+      jax.ShapeDtypeStruct(x.shape, d)
+      for x, d in zip(jax.tree.leaves(bare), dtypes, strict=True)
+    ],
+  )
+  spec = _plain.spec(new_tx, narrow)
+  new_params, residual = _cut(bare, weights, dtypes, spec)
+  new_state = _plain.wrapped(spec, plain, new_params)
+  new_state = _float32.with_residuals(new_state, residual)
+  new_state = _layout.lay_out(new_state, new_params)
+  new_state = _boxes.box_state(new_state, params)
+  return _boxes.box_like(params, new_params), new_state
+
+
+def _cut(bare: Any, weights: Any, dtypes: list[Any], spec: Any) -> Any:
+  """Parameters and residuals for ``spec``, from float32 weights."""
+  pairs, treedef = jax.tree_util.tree_flatten_with_path(bare)
+  masters = treedef.flatten_up_to(weights)
+  residuals = [optax.MaskedNode()] * len(pairs)
+  if _float32.compensated_states(spec):
+    residuals = _float32.find_residuals(len(pairs), spec)
+  new = []
+  for (path, old), weight, dtype, residual in zip(
+    pairs, masters, dtypes, residuals, strict=True
+  ):
+    if isinstance(residual, optax.MaskedNode) and old.dtype == dtype:
+      _check_nothing_lost(path, old, weight)
+      new.append((old, residual))
+    else:
+      new.append(_float32.cut(path, weight, dtype, residual))
+  params, kept = zip(*new, strict=True) if new else ((), ())
+  return treedef.unflatten(params), treedef.unflatten(kept)
+
+
+def _check_nothing_lost(path: Any, old: Any, weight: Any) -> None:
+  if _residual.format_of(old.dtype, 0) and weight is not old:
+    raise ValueError(
+      f'`new_tx` keeps no residual for {_paths.path_str(path)!r}; got a '
+      f'{old.dtype} parameter, whose residual in `state` would be lost. Pass '
+      '`dtype=jnp.float32`, or wrap `new_tx` in `compensated`.'
+    )

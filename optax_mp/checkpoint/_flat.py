@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Flat names: a state as a dictionary, whatever its containers are."""
+
+from typing import Any
+
+import jax
+
+# Flax NNX keeps each array in a Variable, Linen some in a box.
+_BOXED = ('value', 'raw_value')
+
+
+def names(tree: Any) -> list[str]:
+  """The name of each leaf, ``'0/mu/layer/kernel/codes'``, in their order."""
+  paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+  return list(map(_name, paths))
+
+
+def by_name(tree: Any, argument: str) -> dict[str, Any]:
+  """Leaves by name; a ValueError if two have the same."""
+  found = dict(zip(names(tree), jax.tree.leaves(tree), strict=True))
+  if len(found) < len(jax.tree.leaves(tree)):
+    raise ValueError(
+      f'`{argument}` must have one leaf for each name; got two with the same '
+      "name, since keys joined by slashes read alike, as 'a/b' and 'a', 'b' "
+      'do. Rename the parameter.'
+    )
+  return found
+
+
+def _name(path: tuple[Any, ...]) -> str:
+  parts = [
+    jax.tree_util.keystr((key,), simple=True, separator='/') for key in path
+  ]
+  if parts and parts[-1] in _BOXED:
+    parts = parts[:-1]
+  return '/'.join(parts)
