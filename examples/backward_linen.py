@@ -124,11 +124,10 @@ def main(argv: list[str] | None = None) -> float:
   step = make_step(jnp.dtype(half), arguments.epochs * batches)
   carry = rest, stack, step.init(rest, stack)
   if half == 'float16':
-    carry += (
-      dynamic_scale.DynamicScale(
-        growth_interval=100, fin_steps=jnp.int32(0), scale=jnp.float32(65536.0)
-      ),
-    )
+    scale = dynamic_scale.DynamicScale(growth_interval=100)
+    # Arrays from the first step on, so that `train` is compiled once.
+    start = {'fin_steps': jnp.int32(0), 'scale': jnp.float32(65536.0)}
+    carry += (scale.replace(**start),)
   train = make_train(step, half)
 
   @jax.jit

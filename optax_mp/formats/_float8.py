@@ -114,7 +114,7 @@ class Float8:
     """Gives the codes' values, in the dtype of ``like``."""
     wide = self._groups(like.shape).expand(stored.scales)
     number = stored.codes.astype(jnp.float32)
-    fraction = jnp.abs(number) / self._numbers.largest
+    fraction = self._numbers.fraction(jnp.abs(number))
     if self.expand:
       fraction = _fp8.contract(fraction, wide)
     value = self._grid().unscaled(fraction, wide)

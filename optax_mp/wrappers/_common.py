@@ -49,7 +49,7 @@ def noise_key(
   if layer is not None:
     # Mixed, so that no layer has the noise of another one a few values on; plus
     # one, because 0 stays 0, and this is no layer's but the rest's.
-    word ^= _rounding.mix(layer + jnp.uint32(1))
+    word ^= _rounding.mix(jnp.uint32(1) + layer)
   words = jnp.stack([word, count])
   return jax.random.wrap_key_data(words, impl='threefry2x32')
 

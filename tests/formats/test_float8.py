@@ -195,17 +195,25 @@ def test_equal_values(dtype):
   assert np.all(error <= half_bins(dtype, x, 255 / 16) + POWERS * x)
 
 
-@pytest.mark.xfail(
-  strict=True,
-  reason='what XLA divides by or multiplies before is no normal number',
-)
 @both_dtypes
 @pytest.mark.parametrize('size', [3e38, 1e-36])
 def test_scales_at_the_ends_of_float32(dtype, size):
-  """Derived: roundings, as it is the scale. 1e-36 / 448 is flushed."""
+  """Derived: roundings, as it is the scale; under jit the least, it may be.
+
+  Some versions of XLA multiply by 1 / 3e38 or by 1e-36 / 448: no normal number,
+  so that it is flushed. What is not zero is kept as the smallest code's value.
+  """
   x = np.full((8, BLOCK), size, np.float32)
-  error = np.abs(round_trip(formats.Float8(dtype, expand=False), x) - x)
-  assert np.all(error <= ROUNDINGS * x)
+  format = formats.Float8(dtype, expand=False)
+  smallest = NUMBERS[dtype][1] / NUMBERS[dtype][-1]
+  least = max(smallest * size, 2.0**-126)
+
+  def near(seen, x):
+    return np.abs(np.asarray(seen, np.float64) - x) <= ROUNDINGS * x
+
+  assert np.all(near(format.decode(format.encode(x), x), x))
+  seen = round_trip(format, x)
+  assert np.all(near(seen, x) | near(seen, least))
 
 
 @pytest.mark.parametrize(
