@@ -12,6 +12,7 @@ moments rounded to bfloat16, `adamw_bf16` is ours. With `--update in-backward`
 the backward pass updates each block as soon as its gradient is there. Stop with
 Ctrl-C whenever you like: with `--checkpoint`, the same command goes on from the
 last finished step and reports the same losses as a run that was never stopped.
+A checkpoint in which a bit has changed is refused, with the way out.
 
 Read on: the model, the text, the optimizers, the step, checkpoints, the loop.
 """
@@ -502,15 +503,15 @@ class Checkpoints:
     *before, last = sorted(self.manager.all_steps())
     try:
       restored = self.manager.restore(last, args=wanted)
-      checksums.verify(restored.arrays, restored.checksums)
+      checksums.verify(restored['arrays'], restored['checksums'])
     except Exception as error:  # Orbax notices some damage, in its own words
-      goes_on = f'from step {before[-1]}' if before else 'from the beginning'
+      reason = str(error).partition('\n')[0]
       raise ValueError(
         f'`checkpoint` {self.path / str(last)} is damaged, or not of this '
-        f'program: {error}. Move this folder away, and the same command goes '
-        f'on {goes_on}.'
+        f'program: {reason:.300}. Move this folder away, and the same command '
+        f'goes on from {f"step {before[-1]}" if before else "the beginning"}.'
       ) from error
-    return restored.arrays['state'], restored.arrays['step']
+    return restored['arrays']['state'], restored['arrays']['step']
 
   def save(self, state: State, step: int) -> None:
     """Saves, unless this step is there already."""
