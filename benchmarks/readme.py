@@ -9,6 +9,7 @@ wrote; a test compares the pages with what this script makes.
 import dataclasses
 import pathlib
 import re
+import sys
 from typing import Any
 
 from contenders import PAPERS
@@ -17,6 +18,10 @@ from optax_mp import formats
 from published import OURS
 from published import PUBLISHED
 import results
+
+sys.path.append(str(pathlib.Path(__file__).parents[1] / 'examples'))
+
+import files
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -439,4 +444,4 @@ def _call(format: Any) -> str:
 
 if __name__ == '__main__':
   for path in PAGES:
-    path.write_text(filled(path))
+    files.write_text(path, filled(path))

@@ -6,10 +6,15 @@ import json
 import os
 import pathlib
 import platform
+import sys
 from typing import Any
 
 import jax
 from matplotlib import figure
+
+sys.path.append(str(pathlib.Path(__file__).parents[1] / 'examples'))
+
+import files
 
 FOLDER = pathlib.Path(__file__).parent / 'results'
 _PACKAGES = (
@@ -56,10 +61,14 @@ def save(
   """
   folder.mkdir(parents=True, exist_ok=True)
   told = {'conditions': conditions()} | result
-  (folder / f'{name}.json').write_text(json.dumps(told, indent=1) + '\n')
+  # Whole or not at all: some benchmarks go on from what they have saved.
+  text = json.dumps(told, indent=1) + '\n'
+  files.write_text(folder / f'{name}.json', text)
   drawn.savefig(folder / f'{name}.png', dpi=120)
 
 
 def load(name: str, folder: pathlib.Path = FOLDER) -> dict[str, Any]:
   """Reads a result."""
-  return json.loads((folder / f'{name}.json').read_text())
+  return files.read_json(
+    folder / f'{name}.json', 'Remove it and run the benchmark again.'
+  )

@@ -31,6 +31,7 @@ from rich import progress
 from rich.console import Console
 from rich.table import Table
 
+import files
 import optax_mp
 import train_gpt
 
@@ -205,7 +206,8 @@ def main() -> None:
   arguments.out.mkdir(parents=True, exist_ok=True)
   plot(results, arguments.out / 'demo.png')
   told = conditions(config, built.shapes.params) | {'runs': results}
-  (arguments.out / 'demo.json').write_text(json.dumps(told, indent=1) + '\n')
+  text = json.dumps(told, indent=1) + '\n'
+  files.write_text(arguments.out / 'demo.json', text)
   Console().print(table(results))
 
 

@@ -11,14 +11,13 @@ from flax import linen as nn
 from flax.training.train_state import TrainState
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
+import digits
 import optax_mp
 
 EPOCHS, BATCH, SEED = 20, 64, 0
+STEPS = EPOCHS * (1437 // BATCH)
 
 
 class CNN(nn.Module):
@@ -67,26 +66,18 @@ def accuracy(state: TrainState, images, labels) -> jax.Array:
 
 def main() -> float:
   """Trains, prints what happens and returns the test accuracy."""
-  images, labels = load_digits(return_X_y=True)
-  images = images.reshape(-1, 8, 8, 1).astype(np.float32) / 16
-  images, test_images, labels, test_labels = train_test_split(
-    images, labels, test_size=0.2, random_state=SEED, stratify=labels
-  )
-  batches = len(images) // BATCH
-  state = create_state(EPOCHS * batches)
+  data = digits.load(8, 8, 1)
+  state = create_state(STEPS)
   print(optax_mp.memory.plan(state.tx, state.params))
 
-  shuffle = np.random.default_rng(SEED)
+  reached = 0.0
   for epoch in range(1, EPOCHS + 1):
-    order = shuffle.permutation(len(images))[: batches * BATCH]
-    for rows in order.reshape(batches, BATCH):
-      state, loss = train_step(state, images[rows], labels[rows])
+    for images, labels in digits.batches(data, BATCH, seed=epoch):
+      state, loss = train_step(state, images, labels)
     if epoch % 5 == 0:
-      print(
-        f'epoch {epoch}: loss {loss:.4f}, test accuracy '
-        f'{accuracy(state, test_images, test_labels):.4f}'
-      )
-  return float(accuracy(state, test_images, test_labels))
+      reached = float(accuracy(state, data.test_images, data.test_labels))
+      print(f'epoch {epoch}: loss {loss:.4f}, test accuracy {reached:.4f}')
+  return reached
 
 
 if __name__ == '__main__':

@@ -12,6 +12,7 @@ moments rounded to bfloat16, `adamw_bf16` is ours. With `--update in-backward`
 the backward pass updates each block as soon as its gradient is there. Stop with
 Ctrl-C whenever you like: with `--checkpoint`, the same command goes on from the
 last finished step and reports the same losses as a run that was never stopped.
+A checkpoint in which a bit has changed is refused, with the way out.
 
 Read on: the model, the text, the optimizers, the step, checkpoints, the loop.
 """
@@ -38,6 +39,8 @@ import optax
 import orbax.checkpoint as ocp
 from rich import progress
 
+import checksums
+import files
 import optax_mp
 
 MAX_NORM = 1.0
@@ -430,22 +433,29 @@ def size_in_bytes(leaf: Any) -> int:
 
 
 @contextlib.contextmanager
-def uninterrupted() -> Iterator[None]:
+def interrupts_held() -> Iterator[threading.Event]:
   """Lets Ctrl-C wait for the end of a step or of a save.
 
   Half-way through a step the old state is overwritten and no new one there.
+
+  Yields:
+    An event that says whether Ctrl-C came; `deliver` hands it on.
   """
-  if threading.current_thread() is not threading.main_thread():
-    yield
-    return
   asked = threading.Event()
+  if threading.current_thread() is not threading.main_thread():
+    yield asked
+    return
   handler = signal.signal(signal.SIGINT, lambda *_: asked.set())
   try:
-    yield
+    yield asked
   finally:
     signal.signal(signal.SIGINT, handler)
-    if asked.is_set():
-      signal.raise_signal(signal.SIGINT)
+
+
+def deliver(asked: threading.Event) -> None:
+  """Does now what Ctrl-C would have done."""
+  if asked.is_set():
+    signal.raise_signal(signal.SIGINT)
 
 
 class Checkpoints:
@@ -458,17 +468,19 @@ class Checkpoints:
       options = ocp.CheckpointManagerOptions(
         max_to_keep=2, enable_async_checkpointing=False
       )
-      path = pathlib.Path(config.checkpoint).absolute()
-      self.manager = ocp.CheckpointManager(path, options=options)
-      self.check_same_run(path / 'config.json', config)
+      self.path = pathlib.Path(config.checkpoint).absolute()
+      self.manager = ocp.CheckpointManager(self.path, options=options)
+      self.check_same_run(self.path / 'config.json', config)
 
   def check_same_run(self, path: pathlib.Path, config: Config) -> None:
     """Refuses to go on with other settings: the losses would be others."""
     free = ('checkpoint', 'save_every', 'validate_every', 'validation_batches')
     now = {k: v for k, v in vars(config).items() if k not in free}
     if not path.exists():
-      path.write_text(json.dumps(now))
-    before = json.loads(path.read_text())
+      files.write_text(path, json.dumps(now))
+    before = files.read_json(
+      path, 'Remove it, and the run goes on with the flags that you give.'
+    )
     changed = {
       k: (before.get(k), now[k]) for k in now if before.get(k) != now[k]
     }
@@ -484,17 +496,32 @@ class Checkpoints:
       return built.create(), 0
     # The template gives back NamedTuples and dtypes.
     template = {'state': built.shapes, 'step': 0}
-    restored = self.manager.restore(
-      self.manager.latest_step(), args=ocp.args.StandardRestore(template)
+    wanted = ocp.args.Composite(
+      arrays=ocp.args.StandardRestore(template),
+      checksums=ocp.args.JsonRestore(),
     )
-    return restored['state'], restored['step']
+    *before, last = sorted(self.manager.all_steps())
+    try:
+      restored = self.manager.restore(last, args=wanted)
+      checksums.verify(restored['arrays'], restored['checksums'])
+    except Exception as error:  # Orbax notices some damage, in its own words
+      reason = str(error).partition('\n')[0]
+      raise ValueError(
+        f'`checkpoint` {self.path / str(last)} is damaged, or not of this '
+        f'program: {reason:.300}. Move this folder away, and the same command '
+        f'goes on from {f"step {before[-1]}" if before else "the beginning"}.'
+      ) from error
+    return restored['arrays']['state'], restored['arrays']['step']
 
-  @uninterrupted()
   def save(self, state: State, step: int) -> None:
     """Saves, unless this step is there already."""
     if self.manager and self.manager.latest_step() != step:
       tree = {'state': state, 'step': step}
-      self.manager.save(step, args=ocp.args.StandardSave(tree))
+      items = ocp.args.Composite(
+        arrays=ocp.args.StandardSave(tree),
+        checksums=ocp.args.JsonSave(checksums.of(tree)),
+      )
+      self.manager.save(step, args=items)
 
 
 def train(config: Config, built: Setup | None = None) -> Generator[Record]:
@@ -515,7 +542,7 @@ def train(config: Config, built: Setup | None = None) -> Generator[Record]:
   try:
     while step < config.steps:
       tokens = training_batch(text, config, step)
-      with uninterrupted():
+      with interrupts_held() as asked:
         start = time.perf_counter()
         state, loss = built.step(state, tokens)
         step += 1
@@ -527,9 +554,15 @@ def train(config: Config, built: Setup | None = None) -> Generator[Record]:
           validation = float(np.mean(losses))
         if step % config.save_every == 0:
           checkpoints.save(state, step)
-      yield Record(step, loss, validation, seconds)
+        record = Record(step, loss, validation, seconds)
+      try:
+        yield record
+      finally:  # a finished step is reported before Ctrl-C ends the run
+        deliver(asked)
   finally:
-    checkpoints.save(state, step)
+    with interrupts_held() as asked:
+      checkpoints.save(state, step)
+    deliver(asked)
 
 
 def parse_arguments() -> Config:
