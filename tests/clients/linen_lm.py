@@ -78,7 +78,10 @@ def sharded(model, tx, dtype, key, mesh):
 
 def unbox(tree):
   """As lm1b does, once the state lies where it belongs."""
-  is_box = lambda x: isinstance(x, nn.LogicallyPartitioned)
+
+  def is_box(x):
+    return isinstance(x, nn.LogicallyPartitioned)
+
   return jax.tree.map(
     lambda x: x.unbox() if is_box(x) else x, tree, is_leaf=is_box
   )

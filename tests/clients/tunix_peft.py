@@ -3,7 +3,6 @@
 
 from flax import nnx
 import jax.numpy as jnp
-import optax
 from tunix.sft import peft_trainer
 
 from clients import data
