@@ -6,23 +6,25 @@ import inspect
 import math
 import numbers
 import re
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import optax
 
 from optax_mp import formats
+from optax_mp._core import _hyperparams
 from optax_mp.formats import _maps
 from optax_mp.wrappers import _compressed
 from optax_mp.wrappers import compensated
 
-_Recipe = TypeVar('_Recipe', bound=Callable[..., Any])
+_P = ParamSpec('_P')
+_R = TypeVar('_R')
 
 # Below it, an average that nothing is added to falls by more than half a code
 # from most codes.
 _FAST = 0.95
 
 
-def like(base: Callable[..., Any], **defaults: Any):
+def like(base: Callable[..., Any], *decays: str, **defaults: Any):
   """Gives a recipe the signature of the Optax optimizer that it wraps.
 
   So that editors and ``optax.inject_hyperparams`` see every hyperparameter, as
@@ -30,13 +32,16 @@ def like(base: Callable[..., Any], **defaults: Any):
 
   Args:
     base: the Optax optimizer.
+    *decays: names of its decays by which the recipe chooses a format.
     **defaults: defaults of ours in place of Optax's.
 
   Returns:
     A decorator for ``recipe(*args, <our keywords>, **kwargs)``.
   """
 
-  def decorate(recipe: _Recipe) -> _Recipe:
+  def decorate(
+    recipe: Callable[_P, _R],
+  ) -> _hyperparams.Factory[_P, _R]:
     theirs = inspect.signature(base).parameters.values()
     ours = inspect.signature(recipe)
     parameters = [
@@ -49,7 +54,7 @@ def like(base: Callable[..., Any], **defaults: Any):
       if p.kind is p.KEYWORD_ONLY and p.name not in names
     ]
     recipe.__signature__ = ours.replace(parameters=parameters)  # type: ignore
-    return recipe
+    return _hyperparams.factory(*decays)(recipe)
 
   return decorate
 
