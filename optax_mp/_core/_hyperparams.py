@@ -59,13 +59,15 @@ class Factory(Protocol[_P, _R_co]):
 
 
 def factory(
-  *static: str,
+  *static: str, decays: tuple[str, ...] = ()
 ) -> Callable[[Callable[_P, _R_co]], Factory[_P, _R_co]]:
   """Refuses rounded hyperparameters, and names those that are static.
 
   Args:
     *static: names of this function that decide what the program is, beside
       those that always do.
+    decays: names of numbers by which it chooses a format; they are static
+      even if ``optax.inject_hyperparams`` is not told so.
 
   Returns:
     A decorator.
@@ -81,10 +83,10 @@ def factory(
         check_32_bits(name, value)
       return function(*args, **kwargs)
 
-    known = STATIC | set(static)
+    known = STATIC.union(static, decays)
     static_args = tuple(name for name in names if name in known)
     signature = _Signature(parameters.values())
-    signature.static, signature.decays = frozenset(static_args), static
+    signature.static, signature.decays = frozenset(static_args), decays
     setattr(checked, 'static_args', static_args)  # noqa: B010, for pyright
     setattr(checked, '__signature__', signature)  # noqa: B010
     return checked  # type: ignore[return-value]

@@ -54,7 +54,7 @@ def like(base: Callable[..., Any], *decays: str, **defaults: Any):
       if p.kind is p.KEYWORD_ONLY and p.name not in names
     ]
     recipe.__signature__ = ours.replace(parameters=parameters)  # type: ignore
-    return _hyperparams.factory(*decays)(recipe)
+    return _hyperparams.factory(decays=decays)(recipe)
 
   return decorate
 
