@@ -10,6 +10,7 @@ from optax_mp import checkpoint as checkpoint
 from optax_mp import formats as formats
 from optax_mp import memory as memory
 from optax_mp import optimizers as optimizers
+from optax_mp._cast import cast as cast
 from optax_mp._inject import InjectedState as InjectedState
 from optax_mp._inject import inject_hyperparams as inject_hyperparams
 from optax_mp._recipes import adamw_4bit as adamw_4bit
@@ -67,6 +68,7 @@ __all__ = (
   'apollo_mini',
   'backward',
   'came',
+  'cast',
   'checkpoint',
   'coat_adamw',
   'compensated',

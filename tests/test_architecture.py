@@ -13,6 +13,7 @@ FILES = sorted(PACKAGE.rglob('*.py'))
 # Who may import which part of ours; a part may always import itself.
 ALLOWED = {
   '_core': set(),
+  '_cast': {'_core', 'formats'},
   '_inject': {'_core'},
   'formats': {'_core'},
   'wrappers': {'_core', 'formats'},

@@ -5,13 +5,13 @@ from collections.abc import Callable, Mapping
 import inspect
 import math
 import numbers
-import re
 from typing import Any, Literal, ParamSpec, TypeVar
 
 import optax
 
 from optax_mp import formats
 from optax_mp._core import _hyperparams
+from optax_mp._core import _patterns
 from optax_mp.formats import _maps
 from optax_mp.wrappers import _compressed
 from optax_mp.wrappers import compensated
@@ -130,22 +130,9 @@ def assemble(
   keep_float32: str | None = None,
 ):
   """The optimizer, its state kept by the rule, its parameters in 16 bits."""
-  kept = None if keep_float32 is None else _pattern(keep_float32)
+  kept = _patterns.compiled(keep_float32)
   # A group of biases alone has nothing to compress, and that is no mistake.
   small = _compressed.keep_compressed(
     inner, rule, min_size, seed, may_do_nothing=True, kept=kept
   )
   return compensated(small, residual_bits, seed=seed)
-
-
-def _pattern(keep_float32: Any) -> re.Pattern[str]:
-  try:
-    if isinstance(keep_float32, (str, re.Pattern)):
-      return re.compile(keep_float32)
-    reason = f'a {type(keep_float32).__name__}'
-  except re.error as error:
-    reason = str(error)
-  raise ValueError(
-    '`keep_float32` must be a regular expression for paths of parameters, such '
-    f"as 'embed'; got {keep_float32!r} ({reason})."
-  )
