@@ -10,6 +10,9 @@ from optax_mp import checkpoint as checkpoint
 from optax_mp import formats as formats
 from optax_mp import memory as memory
 from optax_mp import optimizers as optimizers
+from optax_mp._cast import cast as cast
+from optax_mp._inject import InjectedState as InjectedState
+from optax_mp._inject import inject_hyperparams as inject_hyperparams
 from optax_mp._recipes import adamw_4bit as adamw_4bit
 from optax_mp._recipes import adamw_4bit_factored as adamw_4bit_factored
 from optax_mp._recipes import adamw_8bit as adamw_8bit
@@ -49,6 +52,7 @@ from optax_mp.wrappers import compressed as compressed
 __all__ = (
   'CompensatedState',
   'CompressedState',
+  'InjectedState',
   'adagrad_sn',
   'adagrad_snsm',
   'adalomo',
@@ -65,6 +69,7 @@ __all__ = (
   'apollo_mini',
   'backward',
   'came',
+  'cast',
   'checkpoint',
   'coat_adamw',
   'compensated',
@@ -75,6 +80,7 @@ __all__ = (
   'galore',
   'grass',
   'hfac',
+  'inject_hyperparams',
   'lion_8bit',
   'lion_bf16',
   'lomo',

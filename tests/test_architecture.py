@@ -12,14 +12,17 @@ FILES = sorted(PACKAGE.rglob('*.py'))
 
 # Who may import which part of ours; a part may always import itself.
 ALLOWED = {
-  'formats': set(),
-  'wrappers': {'formats'},
-  'optimizers': {'formats'},
-  '_recipes': {'optimizers', 'wrappers', 'formats'},
-  'memory': {'formats'},
-  'checkpoint': {'wrappers', 'formats'},
-  'backward': {'formats'},
-  'sharding': {'formats'},
+  '_core': set(),
+  '_cast': {'_core', 'formats'},
+  '_inject': {'_core'},
+  'formats': {'_core'},
+  'wrappers': {'_core', 'formats'},
+  'optimizers': {'_core', 'formats'},
+  '_recipes': {'_core', 'optimizers', 'wrappers', 'formats'},
+  'memory': {'_core', 'formats'},
+  'checkpoint': {'_core', 'wrappers', 'formats'},
+  'backward': {'_core', 'formats'},
+  'sharding': {'_core', 'formats'},
 }
 
 

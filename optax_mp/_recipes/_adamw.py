@@ -11,7 +11,7 @@ from optax_mp._recipes import _build
 _FOUR_BITS = formats.BlockInt(4, map='softsign', rounding='stochastic')
 
 
-@_build.like(optax.adamw)
+@_build.like(optax.adamw, 'b1')
 def adamw_8bit(
   *args: Any,
   residual_bits: int = 8,

@@ -5,25 +5,27 @@ from collections.abc import Callable, Mapping
 import inspect
 import math
 import numbers
-import re
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import optax
 
 from optax_mp import formats
+from optax_mp._core import _hyperparams
+from optax_mp._core import _patterns
 from optax_mp.formats import _maps
 from optax_mp.formats import _rule
 from optax_mp.wrappers import _compressed
 from optax_mp.wrappers import compensated
 
-_Recipe = TypeVar('_Recipe', bound=Callable[..., Any])
+_P = ParamSpec('_P')
+_R = TypeVar('_R')
 
 # Below it, an average that nothing is added to falls by more than half a code
 # from most codes.
 _FAST = 0.95
 
 
-def like(base: Callable[..., Any], **defaults: Any):
+def like(base: Callable[..., Any], *decays: str, **defaults: Any):
   """Gives a recipe the signature of the Optax optimizer that it wraps.
 
   So that editors and ``optax.inject_hyperparams`` see every hyperparameter, as
@@ -31,13 +33,16 @@ def like(base: Callable[..., Any], **defaults: Any):
 
   Args:
     base: the Optax optimizer.
+    *decays: names of its decays by which the recipe chooses a format.
     **defaults: defaults of ours in place of Optax's.
 
   Returns:
     A decorator for ``recipe(*args, <our keywords>, **kwargs)``.
   """
 
-  def decorate(recipe: _Recipe) -> _Recipe:
+  def decorate(
+    recipe: Callable[_P, _R],
+  ) -> _hyperparams.Factory[_P, _R]:
     theirs = inspect.signature(base).parameters.values()
     ours = inspect.signature(recipe)
     parameters = [
@@ -50,7 +55,7 @@ def like(base: Callable[..., Any], **defaults: Any):
       if p.kind is p.KEYWORD_ONLY and p.name not in names
     ]
     recipe.__signature__ = ours.replace(parameters=parameters)  # type: ignore
-    return recipe
+    return _hyperparams.factory(decays=decays)(recipe)
 
   return decorate
 
@@ -128,22 +133,9 @@ def assemble(
   keep_float32: str | None = None,
 ):
   """The optimizer, its state kept by the rule, its parameters in 16 bits."""
-  kept = None if keep_float32 is None else _pattern(keep_float32)
+  kept = _patterns.compiled(keep_float32)
   # A group of biases alone has nothing to compress, and that is no mistake.
   small = _compressed.keep_compressed(
     inner, rule, min_size, seed, may_do_nothing=True, kept=kept
   )
   return compensated(small, residual_bits, seed=seed)
-
-
-def _pattern(keep_float32: Any) -> re.Pattern[str]:
-  try:
-    if isinstance(keep_float32, (str, re.Pattern)):
-      return re.compile(keep_float32)
-    reason = f'a {type(keep_float32).__name__}'
-  except re.error as error:
-    reason = str(error)
-  raise ValueError(
-    '`keep_float32` must be a regular expression for paths of parameters, such '
-    f"as 'embed'; got {keep_float32!r} ({reason})."
-  )

@@ -9,7 +9,7 @@ from optax import contrib
 from optax_mp._recipes import _build
 
 
-@_build.like(optax.lion)
+@_build.like(optax.lion, 'b2')
 def lion_8bit(
   *args: Any,
   residual_bits: int = 8,
@@ -62,7 +62,7 @@ def lion_8bit(
   )
 
 
-@_build.like(optax.sgd, momentum=0.9)
+@_build.like(optax.sgd, 'momentum', momentum=0.9)
 def sgdm_8bit(
   *args: Any,
   residual_bits: int = 8,
@@ -114,7 +114,7 @@ def sgdm_8bit(
   )
 
 
-@_build.like(contrib.muon)
+@_build.like(contrib.muon, 'beta', 'adam_b1')
 def muon_8bit(
   *args: Any,
   residual_bits: int = 8,
@@ -179,7 +179,7 @@ def muon_8bit(
   )
 
 
-@_build.like(contrib.ademamix)
+@_build.like(contrib.ademamix, 'b1', 'b3')
 def ademamix_8bit(
   *args: Any,
   residual_bits: int = 8,

@@ -9,7 +9,7 @@ from optax_mp import formats
 from optax_mp._recipes import _build
 
 
-@_build.like(optax.adamw)
+@_build.like(optax.adamw, 'b1')
 def coat_adamw(
   *args: Any,
   residual_bits: int = 8,
@@ -67,7 +67,7 @@ def coat_adamw(
   )
 
 
-@_build.like(optax.adamw)
+@_build.like(optax.adamw, 'b1')
 def flash_adamw(
   *args: Any,
   residual_bits: int = 8,

@@ -8,6 +8,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from optax_mp._core import _derivatives
 from optax_mp.formats import _base
 from optax_mp.formats import _containers
 from optax_mp.formats import _fitted
@@ -161,7 +162,7 @@ def encode(
   format: _base.Format, x: Any, key: Any = None, scales: Any = None
 ) -> Any:
   """``format.encode(x, key, scales)``."""
-  return _fitted.encode(format, x, key, scales)
+  return _fitted.encode(format, _derivatives.refused(x), key, scales)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -177,6 +178,7 @@ def decode(format: _base.Format, stored: Any, like: Any) -> Any:
 
 @functools.partial(jax.jit, static_argnums=(0, 2, 3))
 def _decode(format: _base.Format, stored: Any, shape: Any, dtype: Any) -> Any:
+  stored = _derivatives.refused(stored)
   return format.decode(stored, jax.ShapeDtypeStruct(shape, dtype))
 
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optax_mp._core import _hyperparams
 from optax_mp.optimizers._core import _adam
 from optax_mp.optimizers._core import _checks
 from optax_mp.optimizers._core import _clipping
@@ -88,6 +89,7 @@ def scale_by_adalomo(
   return _trees.in_float32(optax.GradientTransformation(init_fn, update_fn))
 
 
+@_hyperparams.factory()
 def adalomo(
   learning_rate: optax.ScalarOrSchedule,
   decay_rate: chex.Numeric = -0.8,

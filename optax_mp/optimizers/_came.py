@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optax_mp._core import _hyperparams
 from optax_mp.formats import _base
 from optax_mp.optimizers._core import _adam
 from optax_mp.optimizers._core import _checks
@@ -121,6 +122,7 @@ def scale_by_came(
   return _trees.in_float32(optax.GradientTransformation(init_fn, update_fn))
 
 
+@_hyperparams.factory()
 def came(
   learning_rate: optax.ScalarOrSchedule,
   b1: chex.Numeric = 0.9,

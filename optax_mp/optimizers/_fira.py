@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import chex
 import optax
 
+from optax_mp._core import _hyperparams
 from optax_mp.optimizers._core import _adam
 from optax_mp.optimizers._core import _bases
 from optax_mp.optimizers._core import _groups
@@ -82,6 +83,7 @@ def scale_by_fira(
   )
 
 
+@_hyperparams.factory()
 def fira(
   learning_rate: optax.ScalarOrSchedule,
   rank: int = 128,

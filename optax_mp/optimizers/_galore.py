@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import chex
 import optax
 
+from optax_mp._core import _hyperparams
 from optax_mp.optimizers._core import _adam
 from optax_mp.optimizers._core import _bases
 from optax_mp.optimizers._core import _groups
@@ -77,6 +78,7 @@ def scale_by_galore(
   )
 
 
+@_hyperparams.factory()
 def galore(
   learning_rate: optax.ScalarOrSchedule,
   rank: int = 128,

@@ -10,6 +10,7 @@ import chex
 import jax.numpy as jnp
 import optax
 
+from optax_mp._core import _hyperparams
 from optax_mp.optimizers._core import _adam
 from optax_mp.optimizers._core import _checks
 from optax_mp.optimizers._core import _factored
@@ -96,6 +97,7 @@ def scale_by_hfac(
   return _trees.in_float32(optax.GradientTransformation(init_fn, update_fn))
 
 
+@_hyperparams.factory()
 def hfac(
   learning_rate: optax.ScalarOrSchedule,
   b1: chex.Numeric = 0.9,

@@ -7,12 +7,14 @@ Gradient descent without a state, for the step inside the backward pass.
 import chex
 import optax
 
+from optax_mp._core import _hyperparams
 from optax_mp.optimizers._core import _adam
 from optax_mp.optimizers._core import _clipping
 from optax_mp.optimizers._core import _groups
 from optax_mp.optimizers._core import _trees
 
 
+@_hyperparams.factory()
 def lomo(
   learning_rate: optax.ScalarOrSchedule,
   clip_value: chex.Numeric | None = None,

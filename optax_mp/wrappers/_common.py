@@ -10,6 +10,7 @@ from jax import lax
 import jax.numpy as jnp
 import optax
 
+from optax_mp._core import _derivatives
 from optax_mp.formats import _base
 from optax_mp.formats import _layout
 from optax_mp.formats import _rounding
@@ -23,7 +24,7 @@ def to_float32(tree: Any) -> Any:
 def widen(x: Any) -> Any:
   """One leaf of :func:`to_float32`; float32 and integers stay as they are."""
   if x.dtype in (jnp.bfloat16, jnp.float16):
-    return _rounding.widen(jnp.asarray(x))
+    return _rounding.widen(_derivatives.refused(jnp.asarray(x)))
   return x
 
 

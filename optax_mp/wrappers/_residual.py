@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_mp import formats
+from optax_mp._core import _derivatives
 from optax_mp.formats import _base
 from optax_mp.formats import _containers
 from optax_mp.formats import _names
@@ -137,6 +138,7 @@ def step(
   key: chex.PRNGKey,
 ) -> tuple[chex.Array, Any]:
   """One leaf: the new float32 weight -> (update, residual)."""
+  weight = _derivatives.refused(weight)
   target, residual = cut(format, format.encode(weight, key))
   return _difference(target, param), residual
 

@@ -7,6 +7,7 @@ import chex
 import jax.numpy as jnp
 import optax
 
+from optax_mp._core import _hyperparams
 from optax_mp.optimizers._core import _adam
 from optax_mp.optimizers._core import _bases
 from optax_mp.optimizers._core import _checks
@@ -96,6 +97,7 @@ def scale_by_apollo(
   )
 
 
+@_hyperparams.factory()
 def apollo(
   learning_rate: optax.ScalarOrSchedule,
   rank: int = 128,

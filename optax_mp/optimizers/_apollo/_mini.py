@@ -4,12 +4,14 @@
 import chex
 import optax
 
+from optax_mp._core import _hyperparams
 from optax_mp.optimizers._apollo import _apollo
 from optax_mp.optimizers._core import _adam
 from optax_mp.optimizers._core import _bases
 from optax_mp.optimizers._core import _groups
 
 
+@_hyperparams.factory()
 def apollo_mini(
   learning_rate: optax.ScalarOrSchedule,
   scale: chex.Numeric = 128.0,

@@ -9,12 +9,14 @@ from typing import Literal
 import chex
 import optax
 
+from optax_mp._core import _hyperparams
 from optax_mp.optimizers._core import _adam
 from optax_mp.optimizers._core import _groups
 from optax_mp.optimizers._grass import _inner
 from optax_mp.optimizers._grass import _rows
 
 
+@_hyperparams.factory()
 def grass(
   learning_rate: optax.ScalarOrSchedule,
   rank: int = 128,

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_mp import formats
+from optax_mp._core import _hyperparams
 from optax_mp.formats import _containers
 from optax_mp.optimizers._core import _adam
 from optax_mp.optimizers._core import _checks
@@ -121,6 +122,7 @@ def scale_by_micro_adam(
   return _trees.in_float32(optax.GradientTransformation(init_fn, update_fn))
 
 
+@_hyperparams.factory('alpha')
 def micro_adam(
   learning_rate: optax.ScalarOrSchedule,
   window: int = 10,

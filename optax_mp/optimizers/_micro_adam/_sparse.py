@@ -15,6 +15,7 @@ from jax import lax
 import jax.numpy as jnp
 
 from optax_mp import formats
+from optax_mp._core import _derivatives
 from optax_mp.formats import _base
 from optax_mp.formats import _names
 from optax_mp.optimizers._core import _checks
@@ -197,7 +198,7 @@ class Method(NamedTuple):
     chosen = jnp.take_along_axis(x, top, 1)
     indices = _window.written(indices, top, moments)
     values = _window.written(values, chosen, moments)
-    residual = encode(_window.zeroed(x, top))
+    residual = encode(_derivatives.refused(_window.zeroed(x, top)))
     u = _window.normalized(x.shape, indices, values, moments)
     if self.alpha:
       error = decode(residual)

@@ -4,6 +4,7 @@
 import chex
 import optax
 
+from optax_mp._core import _hyperparams
 from optax_mp.optimizers._core import _adam
 from optax_mp.optimizers._core import _bases
 from optax_mp.optimizers._core import _groups
@@ -12,6 +13,7 @@ from optax_mp.optimizers._snsm import _subset_norm
 from optax_mp.optimizers._snsm import _subspace_momentum
 
 
+@_hyperparams.factory()
 def adagrad_sn(
   learning_rate: optax.ScalarOrSchedule,
   b1: chex.Numeric = 0.9,
@@ -69,6 +71,7 @@ def adagrad_sn(
   )
 
 
+@_hyperparams.factory()
 def adagrad_snsm(
   learning_rate: optax.ScalarOrSchedule,
   b1: chex.Numeric = 0.9,

@@ -4,6 +4,7 @@
 import chex
 import optax
 
+from optax_mp._core import _hyperparams
 from optax_mp.optimizers._core import _adam
 from optax_mp.optimizers._core import _bases
 from optax_mp.optimizers._core import _groups
@@ -13,6 +14,7 @@ from optax_mp.optimizers._snsm import _subset_norm
 from optax_mp.optimizers._snsm import _subspace_momentum
 
 
+@_hyperparams.factory()
 def adamw_sn(
   learning_rate: optax.ScalarOrSchedule,
   b1: chex.Numeric = 0.9,
@@ -111,6 +113,7 @@ def adamw_sn(
   )
 
 
+@_hyperparams.factory()
 def adamw_snsm(
   learning_rate: optax.ScalarOrSchedule,
   b1: chex.Numeric = 0.9,
