@@ -10,8 +10,8 @@ from jax.sharding import PartitionSpec
 import optax
 
 from optax_mp import formats
+from optax_mp._core import _boxes
 from optax_mp.formats import _axes
-from optax_mp.formats import _boxes
 from optax_mp.formats import _paths
 
 

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optax_mp._core import _boxes
+
 _P = ParamSpec('_P')
 _R_co = TypeVar('_R_co', covariant=True)
 
@@ -81,6 +83,9 @@ def factory(
     def checked(*args: Any, **kwargs: Any) -> Any:
       for name, value in [*zip(names, args, strict=False), *kwargs.items()]:
         check_32_bits(name, value)
+      # Masks may be boxed like the parameters, which optimizers see alone.
+      if _boxes.has_boxes(args, kwargs):
+        args, kwargs = _boxes.unbox((args, kwargs))
       return function(*args, **kwargs)
 
     known = STATIC.union(static, decays)

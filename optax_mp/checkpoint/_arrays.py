@@ -8,9 +8,9 @@ import jax
 import numpy as np
 import optax
 
+from optax_mp._core import _boxes
 from optax_mp.checkpoint import _flat
 from optax_mp.checkpoint import _rebuild
-from optax_mp.formats import _boxes
 
 # Stands between a name and the dtype of an array that NumPy has no dtype for.
 _MARK = ':'

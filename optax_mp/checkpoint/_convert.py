@@ -6,10 +6,11 @@ from typing import Any
 import jax
 import optax
 
+from optax_mp._core import _boxes
 from optax_mp.checkpoint import _dtypes
 from optax_mp.checkpoint import _float32
 from optax_mp.checkpoint import _plain
-from optax_mp.formats import _boxes
+from optax_mp.formats import _boxed
 from optax_mp.formats import _layout
 from optax_mp.formats import _paths
 from optax_mp.wrappers import _residual
@@ -49,7 +50,7 @@ def to_optax(
   bare = _boxes.unbox(params)
   plain = _plain.leaves(_plain.spec(tx, bare), _boxes.unbox(state))
   plain = jax.tree.map(lambda leaf: leaf(), plain)
-  return _boxes.box_state(plain, params)
+  return _boxed.box_state(plain, params)
 
 
 def from_optax(
@@ -84,7 +85,7 @@ def from_optax(
   bare = _boxes.unbox(params)
   leaves = jax.tree.map(lambda x: lambda: x, _boxes.unbox(plain_state))
   state = _plain.wrapped(_plain.spec(tx, bare), leaves, bare)
-  return _boxes.box_state(_layout.lay_out(state, bare), params)
+  return _boxed.box_state(_layout.lay_out(state, bare), params)
 
 
 def convert(
@@ -151,7 +152,7 @@ def convert(
   new_state = _plain.wrapped(spec, plain, new_params)
   new_state = _float32.with_residuals(new_state, residual)
   new_state = _layout.lay_out(new_state, new_params)
-  new_state = _boxes.box_state(new_state, params)
+  new_state = _boxed.box_state(new_state, params)
   return _boxes.box_like(params, new_params), new_state
 
 

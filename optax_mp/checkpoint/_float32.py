@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optax_mp._core import _boxes
 from optax_mp.checkpoint import _dtypes
-from optax_mp.formats import _boxes
+from optax_mp.formats import _boxed
 from optax_mp.formats import _paths
 from optax_mp.wrappers import _compensated
 from optax_mp.wrappers import _residual
@@ -102,7 +103,7 @@ def from_float32(
   weights = _boxes.unbox(params32)
   dtypes = _dtypes.leaf_dtypes(weights, _boxes.unbox(dtype))
   params, state = jax.jit(lambda w: _start(tx, w, dtypes))(weights)
-  state = _boxes.box_state(state, params32)
+  state = _boxed.box_state(state, params32)
   return _boxes.box_like(params32, params), state
 
 

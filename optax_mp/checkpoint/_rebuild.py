@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optax_mp._core import _boxes
 from optax_mp.checkpoint import _flat
-from optax_mp.formats import _boxes
 
 # 'w/scales__BlockInt_..._v2' -> ('w/', 'scales', 'BlockInt_..._v2')
 _NAMED = re.compile(r'(.*/|)([a-z]+)__(\w+_v\d+)')

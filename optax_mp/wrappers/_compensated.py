@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_mp.formats import _base
-from optax_mp.formats import _boxes
+from optax_mp.formats import _boxed
 from optax_mp.formats import _containers
 from optax_mp.formats import _leaves
 from optax_mp.formats import _paths
@@ -157,7 +157,7 @@ def compensated(
     return new_updates, CompensatedState(inner_state, residual, count)
 
   tx = optax.GradientTransformationExtraArgs(init_fn, update_fn)
-  return _boxes.transparent(tx)
+  return _boxed.transparent(tx)
 
 
 def _flatten(updates: Any, state: Any, params: Any, residual_bits: int):

@@ -11,7 +11,7 @@ import optax
 
 from optax_mp import formats
 from optax_mp.formats import _base
-from optax_mp.formats import _boxes
+from optax_mp.formats import _boxed
 from optax_mp.formats import _containers
 from optax_mp.formats import _layout
 from optax_mp.formats import _leaves
@@ -181,7 +181,7 @@ def keep_compressed(
     return new_updates, CompressedState(stored, state.noise_count + 1)
 
   tx = optax.GradientTransformationExtraArgs(init_fn, update_fn)
-  return _boxes.transparent(tx)
+  return _boxed.transparent(tx)
 
 
 def _template(inner: optax.GradientTransformation, tree: Any) -> Any:

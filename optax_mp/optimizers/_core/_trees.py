@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 import optax
 
-from optax_mp.formats import _boxes
+from optax_mp.formats import _boxed
 from optax_mp.formats import _layout
 from optax_mp.formats import _leaves
 from optax_mp.formats import _paths
@@ -57,7 +57,7 @@ def in_float32(
     return jax.tree.map(_cast_like, new_updates, updates, params), state
 
   tx = optax.GradientTransformationExtraArgs(init_fn, update_fn)
-  return _boxes.transparent(tx)
+  return _boxed.transparent(tx)
 
 
 def _cast_like(u: chex.Array, gradient: chex.Array, param: chex.Array):

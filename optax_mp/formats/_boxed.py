@@ -1,14 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Boxes: pytree nodes that give the axes of the array inside them names.
+"""States of boxed parameters: each array has a box of its own.
 
-Flax Linen boxes parameters (``nn.Partitioned``, ``nn.LogicallyPartitioned``),
-Flax NNX keeps them in Variables with metadata. Optax maps over such trees, so
-every array of its state gets its parameter's names, also where it has another
-shape and they are wrong: a row of scales cannot be cut like a kernel. Therefore
-transformations of this library see arrays alone, and each array of their state
-gets a box of its own, with the names of those axes that it shares.
-
-A box is recognised by its methods, since the package does not import Flax.
+Optax maps over trees with boxes, so every array of its state gets the names of
+its parameter's axes, also where it has another shape and they are wrong: a row
+of scales cannot be cut like a kernel. Therefore transformations of this library
+see arrays alone, and each array of their state gets a box with the names of
+those axes that it shares with its parameter.
 """
 
 from collections.abc import Callable
@@ -21,54 +18,13 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 import optax
 
+from optax_mp._core import _boxes
 from optax_mp.formats import _axes
 from optax_mp.formats import _base
 from optax_mp.formats import _paths
 
-_LINEN = ('unbox', 'replace_boxed')  # of flax.core.meta.AxisMetadata
-_NNX = ('get_metadata', 'set_metadata')  # of flax.nnx.Variable
 # Where Variables keep the names of axes; the second is for optimizers alone.
 _SHARDINGS = ('out_sharding', 'optimizer_sharding', 'sharding_names')
-
-
-def is_box(x: Any) -> bool:
-  """Whether ``x`` is a box around one array; for ``is_leaf=``."""
-  kind = type(x)
-  return _has_methods(kind) and len(jax.tree.leaves(x)) == 1
-
-
-@functools.cache
-def _has_methods(kind: type) -> bool:
-  return any(
-    all(hasattr(kind, name) for name in names) for names in (_LINEN, _NNX)
-  )
-
-
-def has_boxes(*trees: Any) -> bool:
-  """Whether any node of the trees is a box."""
-  return any(map(is_box, jax.tree.leaves(trees, is_leaf=is_box)))
-
-
-def unbox(tree: Any) -> Any:
-  """The tree with the arrays alone in place of their boxes."""
-  return jax.tree.map(
-    lambda x: jax.tree.leaves(x)[0] if is_box(x) else x, tree, is_leaf=is_box
-  )
-
-
-def box_like(boxed: Any, tree: Any) -> Any:
-  """``tree`` in the boxes of a tree of the same structure.
-
-  Args:
-    boxed: the tree with the boxes.
-    tree: one without, otherwise of the same structure.
-  """
-  nodes, treedef = jax.tree.flatten(boxed, is_leaf=is_box)
-  values = treedef.flatten_up_to(tree)
-  return treedef.unflatten(
-    _with_value(node, value) if is_box(node) else value
-    for node, value in zip(nodes, values, strict=True)
-  )
 
 
 def box_state(state: Any, params: Any) -> Any:
@@ -82,14 +38,16 @@ def box_state(state: Any, params: Any) -> Any:
     The state, where each array that belongs to a boxed parameter is in a box of
     the same kind with the names of its own axes.
   """
-  nodes = jax.tree.leaves(params, is_leaf=is_box)
-  paths = [p for p, _ in jax.tree_util.tree_leaves_with_path(unbox(params))]
+  nodes = jax.tree.leaves(params, is_leaf=_boxes.is_box)
+  paths = [
+    p for p, _ in jax.tree_util.tree_leaves_with_path(_boxes.unbox(params))
+  ]
   boxes = dict(zip(paths, nodes, strict=True))
   owners = _paths.owners(state, paths)
 
   def own(path, stored):
     box = boxes.get(owners[path])
-    if not is_box(box):
+    if not _boxes.is_box(box):
       return stored
     return jax.tree.map(functools.partial(_own_box, box), stored)
 
@@ -110,37 +68,37 @@ def transparent(
   """
 
   def init_fn(params):
-    if not has_boxes(params):
+    if not _boxes.has_boxes(params):
       return tx.init(params)
-    return box_state(tx.init(unbox(params)), params)
+    return box_state(tx.init(_boxes.unbox(params)), params)
 
   def update_fn(updates, state, params=None, **extra_args):
-    if not has_boxes(updates, state, params):
+    if not _boxes.has_boxes(updates, state, params):
       return tx.update(updates, state, params, **extra_args)
     new_updates, new_state = tx.update(
-      unbox(updates), unbox(state), unbox(params), **extra_args
+      _boxes.unbox(updates),
+      _boxes.unbox(state),
+      _boxes.unbox(params),
+      **extra_args,
     )
-    return box_like(updates, new_updates), box_like(state, new_state)
+    return _boxes.box_like(updates, new_updates), _boxes.box_like(
+      state, new_state
+    )
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _with_value(box: Any, value: Any) -> Any:
-  """The box with another value; hooks and constraints of Flax do not run."""
-  return jax.tree.structure(box).unflatten([value])
 
 
 def _own_box(box: Any, x: Any) -> Any:
   """``x`` in a box like its parameter's, with the names of its own axes."""
   shape = jax.tree.leaves(box)[0].shape
-  own = _with_value(box, x)
+  own = _boxes.with_value(box, x)
   if x.shape == shape:
     return own
 
   def follow(names):
     return tuple(_axes.follow(tuple(names), shape, x.shape))
 
-  if hasattr(type(box), _NNX[0]):
+  if hasattr(type(box), _boxes.NNX[0]):
     return _rename_variable(own, follow)
   if not hasattr(box, 'names'):  # a box of the user's, which we cannot rename
     return x
