@@ -180,7 +180,10 @@ def program(make, decay, params: Any = PARAMS):
   Each rounding, each map and each block size makes another one.
   """
   traced = isinstance(decay, jax.ShapeDtypeStruct)
-  state = jax.eval_shape(make(0.5 if traced else decay).init, params)
+  if traced:  # in `init`, too: a state keeps the map that it was made with
+    state = jax.eval_shape(lambda x: make(x).init(params), decay)
+  else:
+    state = jax.eval_shape(make(decay).init, params)
 
   def update(decay, *args):
     return make(decay).update(*args)
