@@ -77,9 +77,9 @@ def tree(seed, dtype):
 
 
 def apply(tx, params, state, seed=1):
-  """One step; gradients have the dtype of the parameters."""
+  """One step; gradients in the parameters' dtype are bfloat16 numbers."""
   gradients = jax.tree.map(
-    lambda g, p: g.astype(p.dtype), tree(seed, jnp.float32), params
+    lambda g, p: g.astype(p.dtype), tree(seed, BF16), params
   )
   updates, state = tx.update(gradients, state, params)
   return optax.apply_updates(params, updates), state
