@@ -7,6 +7,7 @@ import functools
 import types
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -78,9 +79,12 @@ def tree(seed, dtype):
 
 def apply(tx, params, state, seed=1):
   """One step; gradients in the parameters' dtype are bfloat16 numbers."""
-  gradients = jax.tree.map(
-    lambda g, p: g.astype(p.dtype), tree(seed, BF16), params
-  )
+  return moved(tx, params, state, tree(seed, BF16))
+
+
+def moved(tx, params, state, gradients):
+  """One step with these gradients, in the parameters' dtype."""
+  gradients = jax.tree.map(lambda g, p: g.astype(p.dtype), gradients, params)
   updates, state = tx.update(gradients, state, params)
   return optax.apply_updates(params, updates), state
 
@@ -124,3 +128,19 @@ def kind(x):
     return str(x.dtype)
   fields = [f for f in getattr(x, '_fields', ()) if '__' in f]
   return fields[0].partition('__')[2] if fields else type(x).__name__
+
+
+def assert_same_bits(*trees):
+  """kind: exact. As integers: -0.0 is not 0.0."""
+
+  def view(x):
+    x = np.asarray(x)
+    return x.view(f'u{x.itemsize}')
+
+  chex.assert_trees_all_equal(*(jax.tree.map(view, tree) for tree in trees))
+
+
+def assert_same_values(got, expected, rel):
+  """kind: derived, `rel` of each value."""
+  for x, y in zip(*map(jax.tree.leaves, (got, expected)), strict=True):
+    assert np.all(np.abs(x - y) <= rel * np.abs(y))

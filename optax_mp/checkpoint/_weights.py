@@ -92,7 +92,15 @@ def _recut(path: Any, param: Any, old: Any, new: Any, dtype: Any) -> Any:
       return param, new
     if not jax.tree.leaves(old):
       return param, _residual.no_error(param, _residual.bits_of(new))
-  return _float32.cut(path, _residual.join(param, old), dtype, new)
+  weight = _residual.join(param, old)
+  if isinstance(new, optax.MaskedNode) and weight.dtype != dtype:
+    raise ValueError(
+      f'`dtype` asks for {dtype} at {_paths.path_str(path)!r}, but no '
+      f'`compensated` in `new_tx` looks after it; got a {param.dtype} '
+      'parameter, whose low bits would be lost. Ask for float32 there, or wrap '
+      '`new_tx` in `compensated`.'
+    )
+  return _float32.cut(path, weight, dtype, new)
 
 
 def _check_nothing_lost(path: Any, param: Any, residual: Any) -> None:

@@ -97,24 +97,14 @@ def abstract(tree):
   return jax.tree.map(shape, tree)
 
 
-def assert_same_bits(*trees):
-  """kind: exact. As integers: -0.0 is not 0.0."""
-
-  def view(x):
-    x = np.asarray(x)
-    return x.view(f'u{x.itemsize}')
-
-  chex.assert_trees_all_equal(*(jax.tree.map(view, tree) for tree in trees))
-
-
 @pytest.mark.parametrize('library', LIBRARIES)
 @pytest.mark.parametrize('name', NAMES)
 def test_the_same_state_goes_on(restore, library, name):
   """Exact: the next step is that of the run which was saved."""
   restored = jax.tree.map(jnp.asarray, restore[library](name, name))
   chex.assert_trees_all_equal_structs(restored, states.saved(name))
-  assert_same_bits(restored, states.saved(name))
-  assert_same_bits(states.step_of(name)(*restored), states.next_of(name))
+  states.assert_same_bits(restored, states.saved(name))
+  states.assert_same_bits(states.step_of(name)(*restored), states.next_of(name))
 
 
 @pytest.mark.parametrize('library', LIBRARIES)
@@ -132,7 +122,7 @@ def test_other_states(restore, library, name):
       assert_names_both(error, library, name, other)
     else:
       assert right(library, name, other), f'{name} as {other}: silent'
-      assert_same_values(restored, states.saved(name))
+      assert_cast(restored, states.saved(name))
 
 
 def right(library, name, other):
@@ -142,7 +132,7 @@ def right(library, name, other):
   return library in ('orbax', 'nnx') and (name, other) in CAST
 
 
-def assert_same_values(restored, saved):
+def assert_cast(restored, saved):
   """kind: exact, or the nearest bfloat16 number, which a cast gives."""
   for x, y in zip(*map(jax.tree.leaves, (restored, saved)), strict=True):
     np.testing.assert_array_equal(x, y.astype(x.dtype))
