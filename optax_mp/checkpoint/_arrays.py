@@ -14,7 +14,7 @@ from optax_mp.checkpoint import _rebuild
 
 # Stands between a name and the dtype of an array that NumPy has no dtype for.
 _MARK = ':'
-_KEY = 'key'
+_KEY = 'key_'  # and the name of its implementation
 
 
 def to_arrays(state: Any) -> dict[str, np.ndarray]:
@@ -77,18 +77,21 @@ def from_arrays(
 
 def _viewed(name: str, x: Any) -> tuple[str, np.ndarray]:
   if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
-    return f'{name}{_MARK}{_KEY}', np.asarray(jax.random.key_data(x))
+    kind = f'{_KEY}{jax.random.key_impl(x)}'
+    return f'{name}{_MARK}{kind}', np.asarray(jax.random.key_data(x))
   x = np.asarray(x)
   if x.dtype.isbuiltin == 1:
-    return name, x
+    # A name with a mark of its own gets another, which is then the last.
+    return f'{name}{_MARK}{x.dtype.name}' if _MARK in name else name, x
   mark = f'{name}{_MARK}{x.dtype.name}'
-  return mark, np.ascontiguousarray(x).view(f'u{x.dtype.itemsize}')
+  return mark, np.asarray(x, order='C').view(f'u{x.dtype.itemsize}')
 
 
 def _restored(name: str, x: Any) -> tuple[str, Any]:
-  name, mark, dtype = name.partition(_MARK)
+  name, mark, dtype = name.rpartition(_MARK)
   if not mark:
-    return name, x
-  if dtype == _KEY:
-    return name, jax.random.wrap_key_data(x)
+    return dtype, x
+  if dtype.startswith(_KEY):
+    impl = dtype.removeprefix(_KEY)
+    return name, jax.random.wrap_key_data(x, impl=impl)
   return name, np.asarray(x).view(jax.numpy.dtype(dtype))

@@ -7,13 +7,12 @@ import jax
 import optax
 
 from optax_mp._core import _boxes
-from optax_mp.checkpoint import _dtypes
 from optax_mp.checkpoint import _float32
 from optax_mp.checkpoint import _plain
+from optax_mp.checkpoint import _weights
 from optax_mp.formats import _boxed
 from optax_mp.formats import _layout
-from optax_mp.formats import _paths
-from optax_mp.wrappers import _residual
+from optax_mp.formats import _leaves
 
 
 def to_optax(
@@ -47,9 +46,9 @@ def to_optax(
     >>> print(type(plain[0]).__name__, plain[0].mu['w'].dtype)
     ScaleByAdamState float32
   """
-  bare = _boxes.unbox(params)
+  bare = _leaves.checked(_boxes.unbox(params), 'params')
   plain = _plain.leaves(_plain.spec(tx, bare), _boxes.unbox(state))
-  plain = jax.tree.map(lambda leaf: leaf(), plain)
+  plain = jax.tree.map(lambda leaf: leaf.read(), plain)
   return _boxed.box_state(plain, params)
 
 
@@ -82,9 +81,11 @@ def from_optax(
     >>> print(state.inner_state.inner_state[0].mu['w'].codes.dtype)
     int8
   """
-  bare = _boxes.unbox(params)
-  leaves = jax.tree.map(lambda x: lambda: x, _boxes.unbox(plain_state))
-  state = _plain.wrapped(_plain.spec(tx, bare), leaves, bare)
+  bare = _leaves.checked(_boxes.unbox(params), 'params')
+  plain = jax.tree.map(_plain.Leaf, _boxes.unbox(plain_state))
+  spec = _plain.spec(tx, bare)
+  spec = _float32.with_residuals(spec, _weights.no_errors(bare, spec))
+  state = _plain.wrapped(spec, plain)
   return _boxed.box_state(_layout.lay_out(state, bare), params)
 
 
@@ -134,52 +135,39 @@ def convert(
   the smaller format cannot keep. It works under ``jit``, where XLA may keep
   several arrays in float32 at once; call it eagerly for the smallest peak.
   """
-  bare, state = _boxes.unbox(params), _boxes.unbox(state)
+  bare = _leaves.checked(_boxes.unbox(params), 'params')
+  state = _boxes.unbox(state)
   plain = _plain.leaves(_plain.spec(old_tx, bare), state)
-  weights = bare
-  if _float32.compensated_states(state):
-    weights = _float32.masters(bare, state)
-  dtypes = _dtypes.leaf_dtypes(bare, bare if dtype is None else dtype)
-  narrow = jax.tree.unflatten(
-    jax.tree.structure(bare),
-    [
-      jax.ShapeDtypeStruct(x.shape, d)
-      for x, d in zip(jax.tree.leaves(bare), dtypes, strict=True)
-    ],
-  )
-  spec = _plain.spec(new_tx, narrow)
-  new_params, residual = _cut(bare, weights, dtypes, spec)
-  new_state = _plain.wrapped(spec, plain, new_params)
-  new_state = _float32.with_residuals(new_state, residual)
+  like = _weights.narrow_like(bare, dtype)
+  spec = _plain.spec(new_tx, like)
+  new_params, residuals = _weights.recut(bare, state, like, spec)
+  spec = _float32.with_residuals(spec, residuals)
+  new_state = _with_counts(_plain.wrapped(spec, plain), state)
   new_state = _layout.lay_out(new_state, new_params)
   new_state = _boxed.box_state(new_state, params)
   return _boxes.box_like(params, new_params), new_state
 
 
-def _cut(bare: Any, weights: Any, dtypes: list[Any], spec: Any) -> Any:
-  """Parameters and residuals for ``spec``, from float32 weights."""
-  pairs, treedef = jax.tree_util.tree_flatten_with_path(bare)
-  masters = treedef.flatten_up_to(weights)
-  residuals = [optax.MaskedNode()] * len(pairs)
-  if _float32.compensated_states(spec):
-    residuals = _float32.find_residuals(len(pairs), spec)
-  new = []
-  for (path, old), weight, dtype, residual in zip(
-    pairs, masters, dtypes, residuals, strict=True
-  ):
-    if isinstance(residual, optax.MaskedNode) and old.dtype == dtype:
-      _check_nothing_lost(path, old, weight)
-      new.append((old, residual))
-    else:
-      new.append(_float32.cut(path, weight, dtype, residual))
-  params, kept = zip(*new, strict=True) if new else ((), ())
-  return treedef.unflatten(params), treedef.unflatten(kept)
+def _with_counts(new: Any, old: Any) -> Any:
+  """The new state, its noise going on where that of the old one ended.
+
+  Only where both have the same wrappers: others count from their first step.
+  """
+  counts = _counts(old)
+  if len(counts) != len(_counts(new)):
+    return new
+  left = iter(counts)
+
+  def replace(path, x):
+    return next(left) if _is_count(path) else x
+
+  return jax.tree_util.tree_map_with_path(replace, new)
 
 
-def _check_nothing_lost(path: Any, old: Any, weight: Any) -> None:
-  if _residual.format_of(old.dtype, 0) and weight is not old:
-    raise ValueError(
-      f'`new_tx` keeps no residual for {_paths.path_str(path)!r}; got a '
-      f'{old.dtype} parameter, whose residual in `state` would be lost. Pass '
-      '`dtype=jnp.float32`, or wrap `new_tx` in `compensated`.'
-    )
+def _counts(state: Any) -> list[Any]:
+  pairs = jax.tree_util.tree_leaves_with_path(state)
+  return [x for path, x in pairs if _is_count(path)]
+
+
+def _is_count(path: Any) -> bool:
+  return bool(path) and getattr(path[-1], 'name', None) == 'noise_count'

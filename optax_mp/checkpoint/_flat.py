@@ -12,7 +12,7 @@ _BOXED = ('value', 'raw_value')
 def names(tree: Any) -> list[str]:
   """The name of each leaf, ``'0/mu/layer/kernel/codes'``, in their order."""
   paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
-  return list(map(_name, paths))
+  return list(map(name, paths))
 
 
 def by_name(tree: Any, argument: str) -> dict[str, Any]:
@@ -27,7 +27,8 @@ def by_name(tree: Any, argument: str) -> dict[str, Any]:
   return found
 
 
-def _name(path: tuple[Any, ...]) -> str:
+def name(path: tuple[Any, ...]) -> str:
+  """The name of one leaf, without the attribute that a box adds."""
   parts = [
     jax.tree_util.keystr((key,), simple=True, separator='/') for key in path
   ]

@@ -5,14 +5,16 @@ Leaves are decoded one at a time, when they are asked for, so that a conversion
 needs room for one float32 array and not for the whole state.
 """
 
-from collections.abc import Callable, Iterator
-from typing import Any, TypeAlias
+from collections.abc import Iterator
+import dataclasses
+from typing import Any
 import warnings
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from optax_mp.formats import _names
 from optax_mp.formats import _paths
 from optax_mp.formats import _rule
 from optax_mp.formats import _tree
@@ -21,12 +23,33 @@ from optax_mp.wrappers import _compensated
 from optax_mp.wrappers import _compressed
 
 _WRAPPERS = (_compensated.CompensatedState, _compressed.CompressedState)
-Leaf: TypeAlias = Callable[[], Any]  # gives a plain array when it is called
 
 _HINT = (
   'Both must wrap the same optimizer, with settings that give its state the '
-  'same structure, and the parameters must be those of `init`.'
+  'same structure, and the parameters must be those of `init`. A state that '
+  'was restored as dictionaries goes through `checkpoint.rebuild` first.'
 )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Leaf:
+  """One array of a plain state, decoded when it is read."""
+
+  stored: Any  # as it lies in the state
+  format: Any = None  # None: it is plain already
+  like: Any = None  # shape and dtype of what the format stored
+
+  def read(self) -> Any:
+    """The plain array."""
+    return _tree.decode_stored(self.format, self.stored, self.like)
+
+  def is_kept_in(self, format: Any, like: Any) -> bool:
+    """Whether ``format`` would store the array just as it is stored."""
+    return (
+      self.format is not None
+      and _names.name_of(self.format) == _names.name_of(format)
+      and (self.like.shape, self.like.dtype) == (like.shape, like.dtype)
+    )
 
 
 def spec(tx: optax.GradientTransformation, params: Any) -> Any:
@@ -37,7 +60,7 @@ def spec(tx: optax.GradientTransformation, params: Any) -> Any:
 
 
 def leaves(spec: Any, state: Any) -> Any:
-  """The state without wrappers; a :data:`Leaf` in place of each array.
+  """The state without wrappers; a :class:`Leaf` in place of each array.
 
   Args:
     spec: what :func:`spec` gives for the transformation of the state.
@@ -53,61 +76,48 @@ def _unwrapped(node: Any, state: Any) -> Any:
     _common.check_state(state, _compensated.CompensatedState)
     return leaves(node.inner_state, state.inner_state)
   if not isinstance(node, _compressed.CompressedState):
-    return lambda: state
+    return Leaf(state)
   _common.check_state(state, _compressed.CompressedState)
   decided = node.inner_state
   found = _tree.flatten_state(decided.treedef, state.inner_state)
   chosen = _rule.formats_of(decided.choices, found)
-  kept = decided.treedef.flatten_up_to(decided.state)
   return decided.treedef.unflatten(
-    _decoded(path, x, format, like)
+    Leaf(_tree.check_stored(path, x, format, like, 'state'), format, like)
     for path, x, format, like in zip(
-      _paths_of(decided.treedef),
-      found,
-      chosen,
-      _likes(decided, kept),
-      strict=True,
+      _paths_of(decided.treedef), found, chosen, _likes(decided), strict=True
     )
   )
 
 
-def _decoded(path: Any, stored: Any, format: Any, like: Any) -> Leaf:
-  """Checked now, decoded when it is called."""
-  stored = _tree.check_stored(path, stored, format, like, 'state')
-  return lambda: _tree.decode_stored(format, stored, like)
-
-
-def wrapped(spec: Any, plain: Any, params: Any) -> Any:
+def wrapped(spec: Any, plain: Any) -> Any:
   """A state of the transformation with the leaves of a plain one.
 
   Args:
-    spec: what :func:`spec` gives for the transformation.
+    spec: what :func:`spec` gives for the transformation, but with residuals.
     plain: what :func:`leaves` gives.
-    params: without boxes; residuals are zeros, like those of ``init``.
   """
-  nodes, treedef = jax.tree.flatten(spec, is_leaf=_is_wrapper)
+  pairs, treedef = jax.tree_util.tree_flatten_with_path(
+    spec, is_leaf=_is_wrapper
+  )
   found = _paths.flatten_like(treedef, plain, 'plain_state', 'tx', _HINT)
   return treedef.unflatten(
-    _wrapped(node, x, params) for node, x in zip(nodes, found, strict=True)
+    _wrapped(path, node, x)
+    for (path, node), x in zip(pairs, found, strict=True)
   )
 
 
-def _wrapped(node: Any, plain: Any, params: Any) -> Any:
+def _wrapped(path: Any, node: Any, plain: Any) -> Any:
   if isinstance(node, _compensated.CompensatedState):
-    inner = wrapped(node.inner_state, plain, params)
-    residual = jax.tree.map(jnp.zeros_like, node.residual)
+    inner = wrapped(node.inner_state, plain)
     return node._replace(
-      inner_state=inner,
-      residual=residual,
-      noise_count=jnp.zeros((), jnp.uint32),
+      inner_state=inner, noise_count=jnp.zeros((), jnp.uint32)
     )
   if not isinstance(node, _compressed.CompressedState):
-    return _fitting((), plain(), node)
+    return _fitting(path, plain, node)
   decided = node.inner_state
   found = _paths.flatten_like(
     decided.treedef, plain, 'plain_state', 'tx', _HINT
   )
-  kept = decided.treedef.flatten_up_to(decided.state)
   # The noise of `init`: a state is stored once before the first step.
   now = _common.noise_key(0, jnp.uint32(0))
   stored = [
@@ -116,7 +126,7 @@ def _wrapped(node: Any, plain: Any, params: Any) -> Any:
       _paths_of(decided.treedef),
       found,
       decided.choices,
-      _likes(decided, kept),
+      _likes(decided),
       strict=True,
     )
   ]
@@ -127,20 +137,36 @@ def _wrapped(node: Any, plain: Any, params: Any) -> Any:
 
 
 def _encoded(path: Any, plain: Leaf, choice: Any, like: Any, key: Any) -> Any:
-  x = _fitting(path, plain(), like)
+  """The leaf in its new format; as it is if that is the old one.
+
+  Storing it again would be exact with no format but a few: stochastic rounding
+  draws anew, and a scale may move by a unit in its last place.
+  """
   if choice is None or choice.format is None:
-    return x
+    return _fitting(path, plain, like)
+  if plain.is_kept_in(choice.format, like):
+    return jax.tree.map(jnp.asarray, plain.stored)
+  x = _fitting(path, plain, like)
   own_key = _paths.leaf_key(key, path)
   return _tree.encode_stored(choice.format, x, own_key)
 
 
-def _fitting(path: Any, x: Any, like: Any) -> Any:
+def _fitting(path: Any, plain: Any, like: Any) -> Any:
   """The array in the dtype of ``like``, or a ValueError for other shapes."""
-  if x.shape != like.shape:
+  if not isinstance(plain, Leaf):
     raise ValueError(
-      f'`plain_state` has the shape {x.shape} at {_paths.path_str(path)!r}, '
-      f'but `tx` keeps {like.dtype}{like.shape} there. {_HINT}'
+      f'`plain_state` has a {type(plain).__name__} at '
+      f'{_paths.path_str(path)!r}, but `tx` keeps {like.dtype}{like.shape} '
+      f'there. {_HINT}'
     )
+  x = plain.read()
+  if jnp.shape(x) != like.shape:
+    raise ValueError(
+      f'`plain_state` has the shape {jnp.shape(x)} at '
+      f'{_paths.path_str(path)!r}, but `tx` keeps {like.dtype}{like.shape} '
+      f'there. {_HINT}'
+    )
+  x = jnp.asarray(x)
   return x if x.dtype == like.dtype else x.astype(like.dtype)
 
 
@@ -149,8 +175,9 @@ def _paths_of(treedef: Any) -> list[Any]:
   return [path for path, _ in jax.tree_util.tree_leaves_with_path(places)]
 
 
-def _likes(decided: Any, kept: list[Any]) -> Iterator[Any]:
+def _likes(decided: Any) -> Iterator[Any]:
   """Shape and dtype of each leaf before a format stored it."""
+  kept = decided.treedef.flatten_up_to(decided.state)
   for choice, x in zip(decided.choices, kept, strict=True):
     stored = choice is not None and choice.format is not None
     yield jax.ShapeDtypeStruct(choice.shape, jnp.float32) if stored else x

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A state out of what a checkpoint library gives back without a target."""
 
-import re
 from typing import Any
 
 import jax
@@ -10,11 +9,12 @@ import optax
 
 from optax_mp._core import _boxes
 from optax_mp.checkpoint import _flat
+from optax_mp.checkpoint import _slots
 
-# 'w/scales__BlockInt_..._v2' -> ('w/', 'scales', 'BlockInt_..._v2')
-_NAMED = re.compile(r'(.*/|)([a-z]+)__(\w+_v\d+)')
-# Fields that stand for a whole array: version 0.1.0 kept it alone.
-_ALONE = ('low', 'codes')
+_WAY_OUT = (
+  'Rebuild it with the transformation that made it, then use '
+  '`checkpoint.convert(old_tx, new_tx, state, params)`.'
+)
 
 
 def rebuild(
@@ -55,79 +55,59 @@ def rebuild(
     >>> print(type(state).__name__)
     CompensatedState
   """
-  target = jax.eval_shape(tx.init, params)
   found = _flat.by_name(_boxes.unbox(tree), 'tree')
+  target = _slots.target(tx, params, _slots.formats_in(found))
+  slots = _slots.slots(_boxes.unbox(target))
   if unnamed:
-    found = _with_names(found, _flat.names(target))
-  wanted = _flat.by_name(target, 'params')
-  _check_names(wanted, found)
-  leaves = [_fitting(name, found[name], like) for name, like in wanted.items()]
+    found = _slots.with_names(found, slots)
+  _check_names(slots, found)
+  leaves = [_fitting(slot, found[slot.name]) for slot in slots]
   return jax.tree.structure(target).unflatten(leaves)
 
 
-def _check_names(wanted: dict[str, Any], found: dict[str, Any]) -> None:
-  missing = [name for name in wanted if name not in found]
-  if missing:
-    raise ValueError(_what_is_there(missing[0], found))
-  extra = [name for name in found if name not in wanted]
+def _check_names(slots: list[_slots.Slot], found: dict[str, Any]) -> None:
+  for slot in slots:
+    if slot.name not in found:
+      raise ValueError(f'{_instead_of(slot, found)} {_WAY_OUT}')
+  extra = set(found) - {slot.name for slot in slots}
   if extra:
     raise ValueError(
-      f'`tree` has {extra[0]!r}, of which a state of `tx` has nothing; got '
-      f'{len(found)} arrays for {len(wanted)}. Rebuild it with the '
-      'transformation that made it, then use `checkpoint.convert`.'
+      f'`tree` has {min(extra)!r}, of which a state of `tx` has nothing; got '
+      f'{len(found)} arrays for {len(slots)}. {_WAY_OUT}'
     )
 
 
-def _what_is_there(name: str, found: dict[str, Any]) -> str:
+def _instead_of(slot: _slots.Slot, found: dict[str, Any]) -> str:
   """The message for an array that is missing: what is there in its place."""
-  way_out = (
-    'Rebuild it with the transformation that made it, then use '
-    '`checkpoint.convert(old_tx, new_tx, state, params)`.'
-  )
-  match = _NAMED.fullmatch(name)
-  if match is None:
-    return f'`tree` has no array {name!r}; got {sorted(found)[:4]}. {way_out}'
-  parent, field, format = match.groups()
-  leaf = parent.rstrip('/')
-  for other in found:
-    theirs = _NAMED.fullmatch(other)
-    if theirs and theirs[1] == parent:
-      return (
-        f'`tree` has {theirs[3]} at {leaf!r}, but `tx` stores {format} there. '
-        f'{way_out}'
-      )
-  if parent + field in found or leaf in found and field in _ALONE:
+  place, ours = repr(slot.leaf), slot.format or _text(slot.like)
+  if theirs := _slots.formats_in(found).get(slot.leaf):
+    return f'`tree` has {theirs} at {place}, but `tx` stores {ours} there.'
+  if old := next((old for old in slot.olds if old in found), None):
     return (
-      f'`tree` has an array without the name of a format at {leaf!r}, where '
-      f'`tx` stores {format}: version 0.1.0 saved it, or `tx` was another one. '
-      'If the same `tx` made it, pass `unnamed=True`.'
+      f'`tree` has {_text(found[old])} without the name of a format at '
+      f'{place}, where `tx` stores {ours}. If version 0.1.0 saved it and the '
+      'same `tx` made it, pass `unnamed=True`.'
     )
-  return f'`tree` has no {format} at {leaf!r}. {way_out}'
+  if slot.leaf in found:
+    there = _text(found[slot.leaf])
+    return f'`tree` has {there} at {place}, but `tx` stores {ours} there.'
+  return (
+    f'`tree` has no {ours} at {place}; got {len(found)} arrays, such as '
+    f'{sorted(found)[:3]}.'
+  )
 
 
-def _with_names(found: dict[str, Any], wanted: list[str]) -> dict[str, Any]:
-  """Arrays of version 0.1.0 under the names that they have today."""
-  renamed = dict(found)
-  for name in wanted:
-    match = _NAMED.fullmatch(name)
-    if match is None or name in renamed:
-      continue
-    parent, field, _ = match.groups()
-    olds = [parent + field]
-    if field in _ALONE:
-      olds.append(parent.rstrip('/'))
-    old = next((old for old in olds if old in renamed), None)
-    if old is not None:
-      renamed[name] = renamed.pop(old)
-  return renamed
-
-
-def _fitting(name: str, x: Any, like: Any) -> Any:
-  shape, dtype = jnp.shape(x), getattr(x, 'dtype', None)
-  if shape != like.shape or dtype != like.dtype:
+def _fitting(slot: _slots.Slot, x: Any) -> Any:
+  like = slot.like
+  if jnp.shape(x) != like.shape or getattr(x, 'dtype', None) != like.dtype:
     raise ValueError(
-      f'`tree` has {dtype}{shape} at {name!r}, but `tx` keeps '
-      f'{like.dtype}{like.shape} there. Restore with the dtypes that were '
-      'saved, and with the parameters that the state was made for.'
+      f'`tree` has {_text(x)} at {slot.name!r}, but `tx` keeps {_text(like)} '
+      'there. Restore with the dtypes that were saved, and with the parameters '
+      'that the state was made for.'
     )
   return jnp.asarray(x)
+
+
+def _text(x: Any) -> str:
+  dtype = getattr(x, 'dtype', None) or type(x).__name__
+  return f'{dtype}{jnp.shape(x)}'

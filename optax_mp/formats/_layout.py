@@ -35,7 +35,12 @@ def lay_out(state: Any, params: Any) -> Any:
 
 def _lay_out(x: chex.Array, param: chex.Array) -> chex.Array:
   """``x``, sharded like ``param`` if it has its shape."""
-  return lay_out_like(x, param) if x.shape == param.shape else x
+  if x.shape != param.shape:
+    return x
+  if isinstance(x, jax.core.Tracer) or isinstance(param, jax.core.Tracer):
+    return lay_out_like(x, param)
+  where = getattr(param, 'sharding', None)  # shapes alone have none
+  return x if where is None else jax.device_put(x, where)
 
 
 def lay_out_like(x: chex.Array, param: chex.Array) -> chex.Array:
