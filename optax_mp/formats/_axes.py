@@ -4,6 +4,8 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
+
 
 def follow(
   names: Sequence[Any],
@@ -36,6 +38,30 @@ def follow(
   if can_cut and _in_blocks(shape, own_shape):
     own[-1] = names[-1] if can_cut(own_shape[-1], names[-1]) else None
   return own
+
+
+def known(names: Sequence[Any], param: Any, x: Any) -> list[Any] | None:
+  """Names for the axes of an array, where its type says how it is cut.
+
+  On a mesh with explicit axes the optimizer has decided. Another name would
+  have the array cut differently after the first step than before it.
+
+  Args:
+    names: of the parameter's axes.
+    param: the parameter.
+    x: the array.
+
+  Returns:
+    A name, or None, for each axis of ``x``; None where the parameter's type
+    does not tell that it is cut.
+  """
+  if not (isinstance(param, jax.Array) and isinstance(x, jax.Array)):
+    return None
+  theirs, ours = (jax.typeof(a).sharding.spec for a in (param, x))
+  if not any(theirs):
+    return None
+  by_axis = dict(zip(theirs, names, strict=False))
+  return [None if cut is None else by_axis.get(cut) for cut in ours]
 
 
 def _in_blocks(shape: Sequence[int], own_shape: Sequence[int]) -> bool:

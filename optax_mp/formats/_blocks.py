@@ -79,23 +79,28 @@ def _spec(x: jax.Array) -> list[Any]:
 def _reshape(
   x: jax.Array, shape: tuple[int, ...], spec: list[Any]
 ) -> jax.Array:
-  """A reshape; with a word on how it is sharded where JAX asks for one."""
+  """A reshape; with a word on how it is sharded where JAX asks for one.
+
+  Blocks that the sharding would cut are whole on every device, as are the
+  values that they are made of: XLA does the same where axes are automatic.
+  """
   if not any(spec):
     return jnp.reshape(x, shape)
   mesh = jax.typeof(x).sharding.mesh
-  for size, axes in zip(shape, spec, strict=True):
-    axes = (axes,) if isinstance(axes, str) else axes or ()
-    pieces = math.prod(mesh.shape[axis] for axis in axes)
-    if size % pieces:
-      raise ValueError(
-        f'`params`: got a leaf whose state, of shape {x.shape}, is sharded as '
-        f'{jax.typeof(x).sharding.spec} over {pieces} devices, which would cut '
-        'blocks of 8 rows or 128 columns. Shard it along another axis, let the '
-        'mesh have automatic axes, or give it another format with a rule.'
-      )
+  whole = [_fits(n, axes, mesh) for n, axes in zip(shape, spec, strict=True)]
+  cut = [axes if fits else None for axes, fits in zip(spec, whole, strict=True)]
+  if not all(whole):
+    kept = [axes if axes in cut else None for axes in _spec(x)]
+    x = jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec(*kept)))
   # With the mesh: a spec alone needs a context that not all programs set.
-  sharding = NamedSharding(mesh, PartitionSpec(*spec))
+  sharding = NamedSharding(mesh, PartitionSpec(*cut))
   return jnp.reshape(x, shape, out_sharding=sharding)
+
+
+def _fits(size: int, axes: Any, mesh: Any) -> bool:
+  """Whether each device along some axes of a mesh gets as much as the others."""
+  axes = (axes,) if isinstance(axes, str) else axes or ()
+  return size % math.prod(mesh.shape[axis] for axis in axes) == 0
 
 
 def cut(shape: tuple[int, ...], block_size: int) -> Blocks:

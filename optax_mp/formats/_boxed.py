@@ -90,13 +90,15 @@ def transparent(
 
 def _own_box(box: Any, x: Any) -> Any:
   """``x`` in a box like its parameter's, with the names of its own axes."""
-  shape = jax.tree.leaves(box)[0].shape
+  param = jax.tree.leaves(box)[0]
   own = _boxes.with_value(box, x)
-  if x.shape == shape:
+  if x.shape == param.shape:
     return own
 
   def follow(names):
-    return tuple(_axes.follow(tuple(names), shape, x.shape))
+    names = tuple(names)
+    known = _axes.known(names, param, x)
+    return tuple(known or _axes.follow(names, param.shape, x.shape))
 
   if hasattr(type(box), _boxes.NNX[0]):
     return _rename_variable(own, follow)

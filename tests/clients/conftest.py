@@ -18,9 +18,12 @@ class Jitted:
     functools.update_wrapper(self, fn)
 
   def __call__(self, *args, **kwargs):
-    leaves = jax.tree.leaves((args, kwargs))
-    inside = any(isinstance(x, jax.core.Tracer) for x in leaves)
-    return (self._inside if inside else self._alone)(*args, **kwargs)
+    try:
+      return self._alone(*args, **kwargs)
+    except ValueError as error:
+      if 'top-level' not in str(error):
+        raise
+    return self._inside(*args, **kwargs)
 
   def __getattr__(self, name):
     return getattr(self._alone, name)
