@@ -48,9 +48,11 @@ def lay_out_like(x: chex.Array, param: chex.Array) -> chex.Array:
 
   The compiler lays out what is chosen from like what it is chosen from. That
   ``param`` is never chosen it must not know before. On a mesh with explicit
-  axes it has nothing to decide.
+  axes it has nothing to decide. Zeros of a traced program are on no mesh: from
+  JAX 0.12 on, those that are made like a parameter, too.
   """
-  if jax.typeof(x).sharding != jax.typeof(param).sharding:
+  own = jax.typeof(x).sharding
+  if own != jax.typeof(param).sharding and not own.mesh.empty:
     return x
   never = lax.optimization_barrier(jnp.zeros((), jnp.bool))
   return lax.select(never, lax.convert_element_type(param, x.dtype), x)

@@ -70,7 +70,8 @@ class Plan:
   @property
   def bytes_per_param(self) -> float:
     """Bytes of everything in the plan for each parameter."""
-    return sum(row.bytes_per_param for row in self.rows)
+    bits = sum(row.bits for row in self.rows)
+    return bits / 8 / self.num_params if self.num_params else 0.0
 
   def __str__(self) -> str:
     header = ('field', 'format', 'bits/value', 'bytes', 'bytes/param')
