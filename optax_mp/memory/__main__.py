@@ -235,8 +235,11 @@ def main(argv: list[str] | None = None) -> None:
     f'{arguments.devices} x {chosen.report.device}'
   )
   print(title, _show.table(rows, size), sep='\n\n')
-  if _targets.find(arguments.target).platform == 'cuda':
+  target = _targets.find(arguments.target)
+  if target.platform == 'cuda':
     print(f'\n{_GPU}')
+  if target.note:
+    print(f'\n{target.note}')
   print(f'\n{chosen.name}', chosen.report, sep='\n\n')
   if arguments.plot:
     _show.plot(rows, title, arguments.plot)

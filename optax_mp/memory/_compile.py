@@ -63,7 +63,7 @@ def compile_for(
   kernels are not autotuned: their scratch memory may differ a little.
 
   Args:
-    target: one of :func:`targets`: 'tpu-v5e', 'h100', 'cpu', ...
+    target: one of :func:`targets`: 'tpu-v5e', 'h100', 'rtx-4090', 'cpu', ...
     fn: a step, jitted or not; a jitted one keeps its own donated and static
       arguments and shardings. What it asks of ``jax.default_backend()`` or
       ``jax.devices()`` it is told of this machine.

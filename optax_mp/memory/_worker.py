@@ -23,6 +23,7 @@ import jax
 from jax import export
 from jax.experimental import topologies
 
+from optax_mp.memory import _target
 from optax_mp.memory import _targets
 from optax_mp.memory import _xla
 
@@ -166,7 +167,7 @@ def _answer(dump: pathlib.Path, question: str, *args: Any) -> Any:
   return _xla.compile_exported(export.deserialize(program), job, dump)
 
 
-def _is_known(target: _targets.Target) -> bool:
+def _is_known(target: _target.Target) -> bool:
   """Whether the installed compiler knows the device."""
   try:
     topologies.get_topology_desc(**target.topology(1))

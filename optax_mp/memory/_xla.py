@@ -12,7 +12,7 @@ import numpy as np
 
 from optax_mp.memory import _buffers
 from optax_mp.memory import _installed
-from optax_mp.memory import _targets
+from optax_mp.memory import _target
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Compiled:
   of the program that it refused.
   """
 
-  target: _targets.Target
+  target: _target.Target
   device: str  # JAX's `device_kind`
   num_devices: int
   buffers: tuple[_buffers.Buffer, ...]  # at the peak; empty if unknown
@@ -71,7 +71,7 @@ class Compiled:
 class Job:
   """What to compile: all but the program itself."""
 
-  target: _targets.Target
+  target: _target.Target
   num_devices: int
   axes: tuple[tuple[str, int, Any], ...]  # names, sizes and types; () for none
   donated: tuple[bool, ...]  # one for each argument of the program
