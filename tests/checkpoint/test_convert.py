@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """From every recipe to every other one, and from plain Optax and back."""
 
-
 import chex
 import jax
 import jax.numpy as jnp
