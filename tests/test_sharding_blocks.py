@@ -15,6 +15,7 @@ import optax
 import pytest
 
 import optax_mp
+import quick
 
 SHAPE = (64, 1024)  # a shard keeps whole tiles of (8, 128) along either axis
 RECIPES = {
@@ -115,3 +116,47 @@ def test_a_mesh_that_no_context_sets(name, shape):
     chex.assert_trees_all_close(on_eight, alone, rtol=2**-7)  # one bfloat16 ulp
   else:
     chex.assert_trees_all_equal(on_eight, alone)
+
+
+# A block of 128 columns is cut, one of eight rows, and a vector's.
+CUT = {
+  'columns': ((64, 512), P(None, 'd')),
+  'rows': ((16, 128), P('d', None)),
+  'vector': ((256,), P('d')),
+  'stack': ((3, 64, 256), P(None, None, 'd')),
+}
+
+
+@pytest.mark.parametrize('name', [*RECIPES, *OTHERS, 'muon_8bit'])
+def test_explicit_axes_that_cut_blocks(name):
+  """kind: derived, one bfloat16 ulp. As on one device, and it stays there."""
+  if jax.device_count() < 8:
+    pytest.skip('needs 8 devices')
+  tx = getattr(optax_mp, name)(1e-2, min_size=0)
+  mesh = jax.make_mesh((8,), ('d',), axis_types=(AxisType.Explicit,))
+  places = {key: NamedSharding(mesh, spec) for key, (_, spec) in CUT.items()}
+
+  def host(seed):
+    rng = np.random.default_rng(seed)
+    shapes = {key: shape for key, (shape, _) in CUT.items()}
+    return {
+      key: rng.normal(size=s).astype(jnp.bfloat16) for key, s in shapes.items()
+    }
+
+  def one_step(put):
+    params, gradients = put(host(0)), put(host(1))
+    state = tx.init(params)
+    updates, after = quick.jit(tx.update)(gradients, state, params)
+    for x, y in zip(*map(jax.tree.leaves, (state, after)), strict=True):
+      assert not x.ndim or jax.typeof(x) == jax.typeof(y)  # a loop asks for it
+    return optax.apply_updates(params, updates)
+
+  on_eight = one_step(lambda tree: jax.device_put(tree, places))
+  for key, place in places.items():
+    assert on_eight[key].sharding.is_equivalent_to(place, on_eight[key].ndim)
+  alone = one_step(lambda tree: jax.tree.map(jnp.asarray, tree))
+  widened = [
+    jax.tree.map(lambda x: np.asarray(x).astype(np.float32), tree)
+    for tree in (on_eight, alone)
+  ]
+  chex.assert_trees_all_close(*widened, rtol=2**-7)

@@ -7,6 +7,7 @@ import optax
 from optax import contrib
 
 from optax_mp._recipes import _build
+from optax_mp.optimizers._core import _mesh
 
 
 @_build.like(optax.lion, 'b2')
@@ -173,7 +174,8 @@ def muon_8bit(
     return of_adam if 'inner_states/adam/' in path else of_muon
 
   rule = {'mu': momentum, 'nu': _build.second_moment()}
-  inner = contrib.muon(*args, **kwargs)
+  # On explicit axes JAX asks how products of a momentum with itself are cut.
+  inner = _mesh.automatic_update(contrib.muon(*args, **kwargs))
   return _build.assemble(
     inner, rule, residual_bits, min_size, seed, keep_float32
   )

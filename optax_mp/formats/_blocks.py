@@ -98,7 +98,7 @@ def _reshape(
 
 
 def _fits(size: int, axes: Any, mesh: Any) -> bool:
-  """Whether all devices along some axes of a mesh get equal parts."""
+  """Whether all devices along some axes of a mesh get as much."""
   axes = (axes,) if isinstance(axes, str) else axes or ()
   return size % math.prod(mesh.shape[axis] for axis in axes) == 0
 

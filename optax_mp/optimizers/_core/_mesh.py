@@ -8,6 +8,7 @@ import chex
 import jax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
+import optax
 
 
 def automatic(
@@ -40,3 +41,40 @@ def automatic(
     fn, axes=mesh.explicit_axes, out_sharding=wanted
   )
   return inside(*args)
+
+
+def automatic_update(
+  tx: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+  """``tx``, on an explicit mesh as if its axes were automatic.
+
+  Args:
+    tx: a transformation with operations that JAX does not follow there, such as
+      products of a gradient with itself.
+
+  Returns:
+    A transformation whose updates lie like the gradients and whose state stays
+    where it is.
+  """
+  tx = optax.with_extra_args_support(tx)
+
+  def update_fn(updates, state, params=None, **extra_args):
+    types = [jax.typeof(x).sharding for x in jax.tree.leaves(updates)]
+    explicit = [t.mesh for t in types if t.mesh.explicit_axes]
+    if not explicit:
+      return tx.update(updates, state, params, **extra_args)
+    mesh = explicit[0]
+
+    def update(updates, state, params):
+      return tx.update(updates, state, params, **extra_args)
+
+    wanted = jax.tree.map(
+      lambda x: NamedSharding(mesh, jax.typeof(x).sharding.spec),
+      (updates, state),
+    )
+    inside = jax.sharding.auto_axes(
+      update, axes=mesh.explicit_axes, out_sharding=wanted
+    )
+    return inside(updates, state, params)
+
+  return optax.GradientTransformationExtraArgs(tx.init, update_fn)
