@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from optax_mp.formats import _base
 from optax_mp.formats import _containers
 from optax_mp.formats import _fitted
+from optax_mp.formats import _leaves
 from optax_mp.formats import _names
 from optax_mp.formats import _paths
 from optax_mp.formats import _rule
@@ -55,6 +56,7 @@ def encode_tree(
     >>> stored['w'].low.dtype, stored['step'].dtype
     (dtype('uint8'), dtype('int32'))
   """
+  tree = _leaves.checked(tree, 'tree')
   chosen = _rule.leaf_formats(tree, rule, min_size)
   _rule.check_fields(tree, rule)
   return encode_leaves(tree, chosen, key)
@@ -133,10 +135,10 @@ def decode_leaves(
 
 
 def flatten_state(
-  treedef: Any, stored: Any, argument: str = 'state'
+  treedef: Any, stored: Any, argument: str = 'state', hint: str = ''
 ) -> list[Any]:
   """What is stored for each leaf; a ValueError for other parameters."""
-  hint = _paths.OTHER_PARAMS
+  hint = hint or _paths.OTHER_PARAMS
   return _paths.flatten_like(treedef, stored, argument, 'like', hint)
 
 
