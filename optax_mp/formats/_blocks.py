@@ -138,8 +138,8 @@ def _row(shape: tuple[int, ...]) -> int:
 
 
 def why_rows(shape: tuple[int, ...], block_size: int) -> str:
-  """Why :func:`cut` gives whole rows; empty where it gives blocks."""
-  if not shape or cut(shape, block_size).view != shape:
+  """Why :func:`cut` gives whole rows; empty where it gives blocks, or none."""
+  if not shape or 0 in shape or cut(shape, block_size).view != shape:
     return ''
   size = math.prod(shape[-_row(shape) :])
   what = (

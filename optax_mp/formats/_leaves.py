@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Leaves that are no arrays of floats: taken as Optax takes them, or refused.
 
-A parameter may be a Python number, an integer or bool array or a typed key,
-which other parts of a chain leave alone. Functions, strings and whatever else
-an unfiltered module holds are refused by name.
+A parameter may be a Python number, an integer or bool array, empty or a typed
+key, which other parts of a chain leave alone. Functions, strings and whatever
+else an unfiltered module holds are refused by name, and so is a parameter
+without a gradient. An optimizer that fails on a tree with unusual leaves says
+which they are.
 """
 
+from collections.abc import Iterator
+import contextlib
 import numbers
 from typing import Any
 
@@ -14,17 +18,26 @@ import jax.numpy as jnp
 
 from optax_mp.formats import _paths
 
+_FREEZE = 'Freeze it with `optax.partition`, or train the other leaves alone.'
 
-def checked(tree: Any, argument: str) -> Any:
+
+def checked(tree: Any, argument: str, trains_all: bool = False) -> Any:
   """The tree, Python numbers as arrays; a ValueError names any other leaf.
 
   Args:
     tree: parameters or gradients.
     argument: the caller's name for them.
+    trains_all: whether leaves without gradients, typed keys and float0 arrays,
+      are refused, because no part of the optimizer leaves them alone.
   """
 
   def check(path, x):
-    if hasattr(x, 'dtype') and hasattr(x, 'shape'):
+    if _is_array(x):
+      if trains_all and (is_key(x) or x.dtype == jax.dtypes.float0):
+        raise ValueError(
+          f'`{argument}` has {_text(x)} at {_paths.path_str(path)!r}, got an '
+          f'optimizer that trains all leaves. {_FREEZE}'
+        )
       return x
     if isinstance(x, numbers.Number):
       return jnp.asarray(x)
@@ -35,6 +48,87 @@ def checked(tree: Any, argument: str) -> Any:
     )
 
   return jax.tree_util.tree_map_with_path(check, tree)
+
+
+def checked_updates(
+  updates: Any, params: Any, trains_all: bool = False
+) -> tuple[Any, Any]:
+  """Gradients and parameters, once no parameter lacks its gradient.
+
+  Args:
+    updates: the gradients.
+    params: the parameters, or None.
+    trains_all: see :func:`checked`.
+  """
+  updates = checked(updates, 'updates', trains_all)
+  if params is None:
+    return updates, None
+  params = checked(params, 'params', trains_all)
+  if why := why_no_gradient(updates, params):
+    raise ValueError(why)
+  return updates, params
+
+
+def why_no_gradient(updates: Any, params: Any = None) -> str:
+  """Says where gradients are None and parameters are not; else nothing.
+
+  Args:
+    updates: the gradients.
+    params: the parameters. Without them any None is taken for one too many.
+  """
+  nodes = jax.tree_util.tree_leaves_with_path(updates, is_leaf=_is_none)
+  missing = [path for path, x in nodes if x is None]
+  leaves = jax.tree_util.tree_leaves_with_path(params) if missing else []
+  for path in missing:
+    known = [x for whole, x in leaves if whole[: len(path)] == path]
+    if known or params is None:
+      of = ''.join(f' for the parameter {p.dtype}{p.shape}' for p in known[:1])
+      return (
+        f'`updates` has no gradient at {_paths.path_str(path)!r}; got None{of}.'
+        ' Pass zeros, or leave the parameter out of both trees, as '
+        '`equinox.partition` does.'
+      )
+  return ''
+
+
+def check_shapes(updates: Any, params: Any) -> None:
+  """Raises a ValueError unless gradients are shaped like the parameters."""
+  pairs, treedef = jax.tree_util.tree_flatten_with_path(params)
+  gradients = _paths.flatten_like(treedef, updates, 'updates', 'params')
+  for (path, param), gradient in zip(pairs, gradients, strict=True):
+    if not hasattr(gradient, 'shape') or gradient.shape != param.shape:
+      shape = getattr(gradient, 'shape', f'of a {type(gradient).__name__}')
+      raise ValueError(
+        f'`updates` has the shape {shape} at {_paths.path_str(path)!r}, got '
+        f'parameters of {param.shape}. Pass the gradients of these parameters.'
+      )
+
+
+@contextlib.contextmanager
+def named_on_failure(tree: Any, argument: str) -> Iterator[None]:
+  """Within it, what an optimizer raises names the unusual leaves of a tree.
+
+  Optax's Muon divides by the sides of an empty matrix, Adam takes the dtype of
+  a key for a number's: such errors name neither leaf nor reason.
+
+  Args:
+    tree: the parameters or gradients that the optimizer was given.
+    argument: the caller's name for them.
+  """
+  try:
+    yield
+  except jax.errors.JAXTypeError:  # of a value that is not known while tracing
+    raise
+  except Exception as error:
+    unusual = _unusual(tree)
+    if not unusual or str(error).startswith('`'):  # or named already
+      raise
+    reason = str(error).splitlines()[0][:200] if str(error) else ''
+    raise ValueError(
+      f'`{argument}` has leaves that not every optimizer takes: '
+      f'{", ".join(unusual[:4])}; got {type(error).__name__} from this one '
+      f'({reason}). {_FREEZE}'
+    ) from error
 
 
 def cast_like(state: Any, like: Any) -> Any:
@@ -49,7 +143,7 @@ def cast_like(state: Any, like: Any) -> Any:
   """
   leaves, treedef = jax.tree.flatten(like)
   cast = [
-    x if x.dtype == old.dtype or not _is_number(old) else x.astype(old.dtype)
+    x if x.dtype == old.dtype or is_key(old) else x.astype(old.dtype)
     for x, old in zip(treedef.flatten_up_to(state), leaves, strict=True)
   ]
   return treedef.unflatten(cast)
@@ -60,5 +154,56 @@ def is_float(x: Any) -> bool:
   return jnp.issubdtype(x.dtype, jnp.floating)
 
 
-def _is_number(x: Any) -> bool:
-  return not jnp.issubdtype(x.dtype, jax.dtypes.extended)
+def is_key(x: Any) -> bool:
+  """Whether an array holds typed keys, which are no numbers."""
+  return jnp.issubdtype(x.dtype, jax.dtypes.extended)
+
+
+def _is_array(x: Any) -> bool:
+  """Whether JAX takes it for one; arrays of strings have dtypes, too."""
+  if not (hasattr(x, 'dtype') and hasattr(x, 'shape')):
+    return False
+  if x.dtype == jax.dtypes.float0:
+    return True
+  kinds = (jnp.number, jnp.bool, jax.dtypes.extended)
+  try:
+    return any(jnp.issubdtype(x.dtype, kind) for kind in kinds)
+  except TypeError:  # a dtype of another library
+    return False
+
+
+def _unusual(tree: Any) -> list[str]:
+  """Leaves that optimizers may not have been written for, in words."""
+  nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_none)
+  return [
+    f'{_paths.path_str(path)!r} ({what})'
+    for path, x in nodes
+    if (what := _why_unusual(x))
+  ]
+
+
+def _is_none(x: Any) -> bool:
+  return x is None
+
+
+def _why_unusual(x: Any) -> str:
+  if x is None:
+    return 'None'
+  if is_key(x) or x.dtype == jax.dtypes.float0:
+    return _text(x)
+  text = f'{x.dtype}{x.shape}'
+  if 0 in x.shape:
+    return f'the empty array {text}'
+  try:  # the small floats and integers have no promotion to others
+    with jax.numpy_dtype_promotion('standard'):
+      jnp.promote_types(x.dtype, jnp.float32)
+  except ValueError:
+    return text
+  return ''
+
+
+def _text(x: Any) -> str:
+  """A leaf that has no gradient, in words."""
+  if is_key(x):
+    return f'the typed key {x.dtype}{x.shape}'
+  return f'the float0 gradient {x.shape} of an integer'

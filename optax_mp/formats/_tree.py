@@ -12,6 +12,7 @@ from optax_mp._core import _derivatives
 from optax_mp.formats import _base
 from optax_mp.formats import _containers
 from optax_mp.formats import _fitted
+from optax_mp.formats import _leaves
 from optax_mp.formats import _names
 from optax_mp.formats import _paths
 from optax_mp.formats import _rule
@@ -56,6 +57,7 @@ def encode_tree(
     >>> stored['w'].low.dtype, stored['step'].dtype
     (dtype('uint8'), dtype('int32'))
   """
+  tree = _leaves.checked(tree, 'tree')
   chosen = _rule.leaf_formats(tree, rule, min_size)
   _rule.check_fields(tree, rule)
   return encode_leaves(tree, chosen, key)
@@ -134,10 +136,10 @@ def decode_leaves(
 
 
 def flatten_state(
-  treedef: Any, stored: Any, argument: str = 'state'
+  treedef: Any, stored: Any, argument: str = 'state', hint: str = ''
 ) -> list[Any]:
   """What is stored for each leaf; a ValueError for other parameters."""
-  hint = _paths.OTHER_PARAMS
+  hint = hint or _paths.OTHER_PARAMS
   return _paths.flatten_like(treedef, stored, argument, 'like', hint)
 
 

@@ -13,6 +13,7 @@ import optax
 
 from optax_mp import formats
 from optax_mp.formats import _base
+from optax_mp.formats import _leaves as _leaves_of
 from optax_mp.formats import _paths
 from optax_mp.formats import _rule
 from optax_mp.memory import _table
@@ -131,7 +132,9 @@ def plan(
     gradients    bfloat16               16.00  139586437120         2.00
     total                                      837518622732        12.00
   """
-  params_leaves = jax.tree.leaves(params)
+  params = _leaves_of.checked(params, 'params')
+  # As JAX would keep them: NumPy's float64 becomes float32 there.
+  params_leaves = jax.tree.leaves(jax.eval_shape(lambda p: p, params))
   paths = _paths.param_paths(params)
   with _rule.recording(True):
     state = jax.eval_shape(tx.init, params)

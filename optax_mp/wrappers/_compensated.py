@@ -109,7 +109,8 @@ def compensated(
     residual = jax.tree.map(
       lambda p: _residual.no_error(p, residual_bits), params
     )
-    return inner.init(_common.to_float32(params)), residual
+    with _leaves.named_on_failure(params, 'params'):
+      return inner.init(_common.to_float32(params)), residual
 
   def init_fn(params):
     params = _leaves.checked(params, 'params')
@@ -128,18 +129,19 @@ def compensated(
 
   def update_fn(updates, state, params=None, **extra_args):
     _common.check_state(state, CompensatedState)
-    updates = _leaves.checked(updates, 'updates')
-    paths, leaves, residuals, treedef = _flatten(
-      updates, state, params, residual_bits
-    )
+    _check_params(params)
+    updates, params = _leaves.checked_updates(updates, params)
+    paths, leaves, residuals, treedef = _flatten(state, params, residual_bits)
+    _leaves.check_shapes(updates, params)
     given = treedef.flatten_up_to(state.residual)
     weights = list(map(_residual.join, leaves, residuals))
-    deltas, inner_state = inner.update(
-      _common.to_float32(updates),
-      state.inner_state,
-      treedef.unflatten(weights),
-      **extra_args,
-    )
+    with _leaves.named_on_failure(updates, 'updates'):
+      deltas, inner_state = inner.update(
+        _common.to_float32(updates),
+        state.inner_state,
+        treedef.unflatten(weights),
+        **extra_args,
+      )
     layer = extra_args.get('layer')
     now = _common.noise_key(seed, state.noise_count, layer)
     pairs = [
@@ -160,14 +162,16 @@ def compensated(
   return _boxed.transparent(tx)
 
 
-def _flatten(updates: Any, state: Any, params: Any, residual_bits: int):
-  """Paths and leaves of the parameters, and their residuals, once they fit."""
+def _check_params(params: Any) -> None:
   if params is None:
     raise ValueError(
       '`params` is None, but `compensated` joins the parameters with their '
       'residuals. Call `update(updates, state, params)`.'
     )
-  params = _leaves.checked(params, 'params')
+
+
+def _flatten(state: Any, params: Any, residual_bits: int):
+  """Paths and leaves of the parameters, and their residuals, once they fit."""
   pairs, treedef = jax.tree_util.tree_flatten_with_path(params)
   paths, leaves = [path for path, _ in pairs], [leaf for _, leaf in pairs]
   residuals = _paths.flatten_like(
@@ -177,20 +181,6 @@ def _flatten(updates: Any, state: Any, params: Any, residual_bits: int):
     _residual.fitting(path, leaf, residual, residual_bits)
     for path, leaf, residual in zip(paths, leaves, residuals, strict=True)
   ]
-  gradients = _paths.flatten_like(treedef, updates, 'updates', 'params')
-  for path, leaf, gradient in zip(paths, leaves, gradients, strict=True):
-    if gradient is None:
-      raise ValueError(
-        f'`updates` has no gradient at {_paths.path_str(path)!r}; got None for '
-        f'the parameter {leaf.dtype}{leaf.shape}. Pass zeros, or leave the '
-        'parameter out of both trees, as `equinox.partition` does.'
-      )
-    if gradient.shape != leaf.shape:
-      raise ValueError(
-        f'`updates` has the shape {gradient.shape} at '
-        f'{_paths.path_str(path)!r}, got parameters of {leaf.shape}. Pass the '
-        'gradients of these parameters.'
-      )
   return paths, leaves, residuals, treedef
 
 

@@ -128,7 +128,8 @@ def keep_compressed(
 
   @_common.laid_out
   def build(params):
-    state = inner.init(_common.to_float32(params))
+    with _leaves.named_on_failure(params, 'params'):
+      state = inner.init(_common.to_float32(params))
     # Before as well: then scales and factors, which have other shapes, follow.
     state = _layout.lay_out(state, params)
     state = _common.not_constant(state)
@@ -140,7 +141,7 @@ def keep_compressed(
   def init_fn(params):
     params = _leaves.checked(params, 'params')
     if jax.tree.leaves(params):  # `optax.tree.map_params` has none, nor groups
-      like = _template(inner, params)
+      like = _template(inner, params, 'params')
       chosen = _rule.formats_of(choices(like, params))
       _check_wide(like, chosen)
       _rule.warn_unless_kept(_paths.param_paths(params), kept)
@@ -153,22 +154,30 @@ def keep_compressed(
 
   def update_fn(updates, state, params=None, **extra_args):
     _common.check_state(state, CompressedState)
-    updates = _leaves.checked(updates, 'updates')
-    like = _template(inner, updates)
-    found = _tree.flatten_state(jax.tree.structure(like), state.inner_state)
-    chosen = _rule.formats_of(choices(like, updates), found)
+    updates, params = _leaves.checked_updates(updates, params)
     if params is not None:
-      params = _leaves.checked(params, 'params')
       treedef = jax.tree.structure(updates)
       _paths.flatten_like(treedef, params, 'params', 'updates')
+      _leaves.check_shapes(updates, params)
+    # Of the parameters, as in `init`: an integer's gradient may be a float.
+    given = updates if params is None else params
+    like = _template(inner, given, 'updates')
+    found = _tree.flatten_state(
+      jax.tree.structure(like),
+      state.inner_state,
+      hint=_leaves.why_no_gradient(updates),
+    )
+    chosen = _rule.formats_of(choices(like, updates), found)
 
     def advance(stored):
-      new_updates, inner_state = inner.update(
-        _common.to_float32(updates),
-        _tree.decode_leaves(stored, like, chosen, 'state'),
-        None if params is None else _common.to_float32(params),
-        **extra_args,
-      )
+      decoded = _tree.decode_leaves(stored, like, chosen, 'state')
+      with _leaves.named_on_failure(updates, 'updates'):
+        new_updates, inner_state = inner.update(
+          _common.to_float32(updates),
+          decoded,
+          None if params is None else _common.to_float32(params),
+          **extra_args,
+        )
       return new_updates, _leaves.cast_like(inner_state, like)
 
     scales = _passes.fit_ahead(advance, state.inner_state, like, chosen)
@@ -184,14 +193,17 @@ def keep_compressed(
   return _boxed.transparent(tx)
 
 
-def _template(inner: optax.GradientTransformation, tree: Any) -> Any:
+def _template(
+  inner: optax.GradientTransformation, tree: Any, argument: str
+) -> Any:
   """Structure, shapes and dtypes of the inner state for float32 parameters."""
 
   def float32(x):
     narrow = x.dtype in (jnp.bfloat16, jnp.float16)
     return jax.ShapeDtypeStruct(x.shape, jnp.float32 if narrow else x.dtype)
 
-  return jax.eval_shape(inner.init, jax.tree.map(float32, tree))
+  with _leaves.named_on_failure(tree, argument):
+    return jax.eval_shape(inner.init, jax.tree.map(float32, tree))
 
 
 def _cast_like(new_updates: Any, updates: Any, params: Any) -> Any:
@@ -225,7 +237,8 @@ def _check_wide(like: Any, chosen: list[Any]) -> None:
         f'`inner` keeps {_paths.path_str(path)!r} in {leaf.dtype}; got '
         f'{format} for it, which would store what is rounded already. Leave '
         'out `mu_dtype` (or `accumulator_dtype`, `values_dtype`), or ask for '
-        'float32: the format takes its place.'
+        'float32: the format takes its place. A parameter of fewer than 16 '
+        'bits is for inference: train it in bfloat16.'
       )
 
 

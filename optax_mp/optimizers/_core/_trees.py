@@ -41,18 +41,22 @@ def in_float32(
 
   @jax.jit  # which else may put zeros on one device
   def build(params):
-    return _layout.lay_out(inner.init(params), params)
+    with _leaves.named_on_failure(params, 'params'):
+      return _layout.lay_out(inner.init(params), params)
 
   def init_fn(params):
-    return build(_leaves.checked(params, 'params'))
+    return build(_leaves.checked(params, 'params', trains_all=True))
 
   def update_fn(updates, state, params=None, **extra_args):
-    updates = _leaves.checked(updates, 'updates')
-    params = _leaves.checked(params, 'params')
-    wide = None if params is None else optax.tree.cast(params, jnp.float32)
-    new_updates, state = inner.update(
-      optax.tree.cast(updates, jnp.float32), state, wide, **extra_args
-    )
+    updates, params = _leaves.checked_updates(updates, params, trains_all=True)
+    wide = None
+    if params is not None:
+      _leaves.check_shapes(updates, params)
+      wide = optax.tree.cast(params, jnp.float32)
+    with _leaves.named_on_failure(updates, 'updates'):
+      new_updates, state = inner.update(
+        optax.tree.cast(updates, jnp.float32), state, wide, **extra_args
+      )
     params = updates if params is None else params
     return jax.tree.map(_cast_like, new_updates, updates, params), state
 
