@@ -36,7 +36,7 @@ def create_state(steps: int) -> TrainState:
   """Makes a model with bfloat16 weights and its optimizer."""
   model = CNN()
   params = model.init(jax.random.key(SEED), jnp.zeros((1, 8, 8, 1)))['params']
-  params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+  params = optax_mp.cast(params)
   tx = optax_mp.adamw_bf16(
     optax.cosine_decay_schedule(2e-3, steps), weight_decay=0.01
   )

@@ -11,7 +11,6 @@ Casting afterwards draws the weights that a float32 run would have;
 
 from flax import nnx
 import jax
-import jax.numpy as jnp
 import optax
 
 import digits
@@ -44,8 +43,7 @@ class CNN(nnx.Module):
 
 def to_bfloat16(model: nnx.Module) -> None:
   """Casts the parameters in place, and nothing else."""
-  params = nnx.state(model, nnx.Param)
-  nnx.update(model, jax.tree.map(lambda x: x.astype(jnp.bfloat16), params))
+  nnx.update(model, optax_mp.cast(nnx.state(model, nnx.Param)))
 
 
 def loss_fn(model: CNN, images, labels) -> jax.Array:

@@ -14,7 +14,6 @@ from typing import Any
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import optax
 
 import digits
@@ -26,13 +25,6 @@ STEPS = EPOCHS * (1437 // BATCH)
 tx = optax_mp.adamw_8bit(
   optax.cosine_decay_schedule(3e-3, STEPS), weight_decay=0.01
 )
-
-
-def to_bfloat16(model: Any) -> Any:
-  """Casts floating-point arrays; functions, integers and keys stay."""
-  params, rest = eqx.partition(model, eqx.is_inexact_array)
-  params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
-  return eqx.combine(params, rest)
 
 
 def loss_fn(model, images, labels) -> jax.Array:
@@ -56,7 +48,7 @@ def main() -> float:
   data = digits.load(64)
   key = jax.random.key(SEED)
   model: Any = eqx.nn.MLP(64, 10, width_size=256, depth=2, key=key)
-  model = to_bfloat16(model)
+  model = optax_mp.cast(model)  # functions, integers and keys stay
   params = eqx.filter(model, eqx.is_inexact_array)
   opt_state = tx.init(params)
   print(optax_mp.memory.plan(tx, params))

@@ -12,7 +12,6 @@ import functools
 
 import haiku as hk
 import jax
-import jax.numpy as jnp
 import optax
 
 import digits
@@ -27,11 +26,6 @@ network = hk.without_apply_rng(
 tx = optax_mp.adamw_8bit(
   optax.cosine_decay_schedule(3e-3, STEPS), weight_decay=0.01
 )
-
-
-def to_bfloat16(params: hk.Params) -> hk.Params:
-  """Casts every parameter."""
-  return jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
 
 
 def loss_fn(params, images, labels) -> jax.Array:
@@ -52,7 +46,7 @@ def main() -> float:
   """Trains, prints what happens and returns the test accuracy."""
   data = digits.load(64)
   params = network.init(jax.random.key(SEED), data.images[:1])
-  params = to_bfloat16(params)
+  params = optax_mp.cast(params)
   opt_state = tx.init(params)
   print(optax_mp.memory.plan(tx, params))
 

@@ -14,6 +14,7 @@ import backward_linen
 import digits
 import digits_nnx
 import float16_loss_scale
+import optax_mp
 
 LOOPS = {
   'digits_linen': (),
@@ -66,7 +67,7 @@ def test_equinox_casts_arrays_alone():
 
   key = jax.random.key(0)
   mlp = eqx.nn.MLP(64, 10, width_size=32, depth=1, key=key)
-  model = equinox_mlp.to_bfloat16(Model(mlp, key, jnp.int32(3)))
+  model = optax_mp.cast(Model(mlp, key, jnp.int32(3)))
   opt_state = equinox_mlp.tx.init(eqx.filter(model, eqx.is_inexact_array))
   for batch in list(digits.batches(digits.load(64), 64))[:2]:
     model, opt_state, _ = equinox_mlp.train_step(batch, model, opt_state)
@@ -82,7 +83,7 @@ def test_haiku_stays_in_bfloat16():
 
   data = digits.load(64)
   params = haiku_mlp.network.init(jax.random.key(0), data.images[:1])
-  params = haiku_mlp.to_bfloat16(params)
+  params = optax_mp.cast(params)
   opt_state = haiku_mlp.tx.init(params)
   for batch in list(digits.batches(data, 64))[:2]:
     params, opt_state, _ = haiku_mlp.train_step(params, opt_state, *batch)
