@@ -236,10 +236,8 @@ def main(argv: list[str] | None = None) -> None:
   )
   print(title, _show.table(rows, size), sep='\n\n')
   target = _targets.find(arguments.target)
-  if target.platform == 'cuda':
-    print(f'\n{_GPU}')
-  if target.note:
-    print(f'\n{target.note}')
+  for note in (_GPU if target.platform == 'cuda' else '', target.note):
+    print(f'\n{note}' if note else '', end='\n' if note else '')
   print(f'\n{chosen.name}', chosen.report, sep='\n\n')
   if arguments.plot:
     _show.plot(rows, title, arguments.plot)
