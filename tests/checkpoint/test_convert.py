@@ -286,7 +286,7 @@ def test_inside_optax_wrappers(wrap):
 
 def test_inside_inject_hyperparams():
   """Exact: the hyperparameters of the old state go on."""
-  static = ('residual_bits', 'keep_float32', 'min_size', 'seed')
+  static = {*optax_mp.adamw_8bit.static_args, *optax_mp.adamw_4bit.static_args}
   old, new = (
     optax.inject_hyperparams(recipe, static, hyperparam_dtype=jnp.float32)(1e-2)
     for recipe in (optax_mp.adamw_8bit, optax_mp.adamw_4bit)

@@ -53,11 +53,15 @@ def adamw(b1):
 
 
 def injected(b1):
-  """The decay is an array, which the program does not know."""
-  static = ('residual_bits', 'keep_float32', 'min_size', 'seed')
-  recipe = optax.inject_hyperparams(
-    optax_mp.adamw_8bit, static, hyperparam_dtype=jnp.float32
-  )
+  """The decay is an array, which the program does not know.
+
+  A recipe itself asks for a static one: a function around it does not.
+  """
+
+  def recipe(learning_rate, b1):
+    return optax_mp.adamw_8bit(learning_rate, b1=b1)
+
+  recipe = optax.inject_hyperparams(recipe, hyperparam_dtype=jnp.float32)
   return recipe(states.RATE, b1=b1)
 
 
