@@ -58,11 +58,15 @@ def injected(b1):
   A recipe itself asks for a static one: a function around it does not.
   """
 
-  def recipe(learning_rate, b1):
-    return optax_mp.adamw_8bit(learning_rate, b1=b1)
+  return traced(optax_mp.adamw_8bit, b1)
 
-  recipe = optax.inject_hyperparams(recipe, hyperparam_dtype=jnp.float32)
-  return recipe(states.RATE, b1=b1)
+
+def traced(optimizer, b1):
+  def make(learning_rate, b1):
+    return optimizer(learning_rate, b1=b1)
+
+  make = optax.inject_hyperparams(make, hyperparam_dtype=jnp.float32)
+  return make(states.RATE, b1=b1)
 
 
 def assert_next_step(tx, b1, params, state, inner):
@@ -75,9 +79,8 @@ def assert_next_step(tx, b1, params, state, inner):
   plain = checkpoint.to_optax(old, inner, params)
   weights = checkpoint.to_float32(params, inner)
   plain_tx = optax.adamw(states.RATE, b1=b1)
-  if hasattr(state, 'hyperparams'):  # 1 - b2 in float32, as in the wrapped one
-    make = optax.inject_hyperparams(optax.adamw, hyperparam_dtype=jnp.float32)
-    plain_tx = make(states.RATE, b1=b1)
+  if hasattr(state, 'hyperparams'):  # 1 - b1 in float32, as in the wrapped one
+    plain_tx = traced(optax.adamw, b1)
     plain = plain_tx.init(weights)._replace(inner_state=plain)
   expected, _ = states.apply(plain_tx, weights, plain, 2)
   new_params, new_state = states.apply(tx, params, state, 2)
