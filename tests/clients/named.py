@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Parameters with named axes that not all of their state can be cut along."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
@@ -27,13 +28,22 @@ def make_mesh(kind: AxisType = AxisType.Auto) -> jax.sharding.Mesh:
   return jax.make_mesh((2, 4), AXES, axis_types=(kind,) * 2)
 
 
-def values(seed: int) -> dict[str, np.ndarray]:
+def values(seed: int, names: Iterable[str] = SHAPES) -> dict[str, np.ndarray]:
   """Parameters, or gradients, on the host."""
   rng = np.random.default_rng(seed)
   return {
-    name: rng.normal(size=shape).astype(jnp.bfloat16)
-    for name, (shape, _) in SHAPES.items()
+    name: rng.normal(size=SHAPES[name][0]).astype(jnp.bfloat16)
+    for name in names
   }
+
+
+def assert_close(ours: Any, theirs: Any) -> None:
+  """kind: derived. To one bfloat16 ulp: sums in another order."""
+  chex.assert_trees_all_close(widened(ours), widened(theirs), rtol=2**-7)
+
+
+def widened(tree: Any) -> Any:
+  return jax.tree.map(lambda x: np.asarray(x).astype(np.float32), tree)
 
 
 def recipe(name: str) -> Callable[[], Any]:
@@ -62,5 +72,6 @@ ALL |= {
   name: paper(name) for name, row in tables.PAPERS.items() if not row.variant
 }
 ALL |= {f'nu in {name}': in_format(name) for name in tables.STATES}
-# Some that are run: their states have all kinds of shapes.
-SOME = ('adamw_8bit', 'adamw_4bit_factored', 'came', 'nu in rank1')
+# What is run, which takes longer: states with all kinds of shapes.
+SOME = ('adamw_8bit', 'adamw_4bit_factored', 'came')
+FEW = ('kernel', 'rows', 'vector')
