@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from clients import data
-from clients import runs
+import optax_mp
 
 RATE, STEPS = 3e-3, 60
 
@@ -24,7 +24,7 @@ def train(make, dtype, seed=0):
   model = eqx.nn.MLP(64, 10, 256, 1, use_final_bias=False, key=key)
   params, static = eqx.partition(model, eqx.is_inexact_array)
   if dtype == jnp.bfloat16:
-    params = runs.cast(params)
+    params = optax_mp.cast(params)
   model = eqx.combine(params, static)
   state = optimizer.init(eqx.filter(model, eqx.is_inexact_array))
 

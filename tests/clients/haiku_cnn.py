@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from clients import data
-from clients import runs
+import optax_mp
 
 RATE, STEPS = 3e-3, 50
 
@@ -54,7 +54,7 @@ def train(make, dtype, seed=0):
   batches = list(data.images(STEPS, seed))
   params, statistics = net.init(jax.random.key(seed), batches[0][0])
   if dtype == jnp.bfloat16:
-    params = runs.cast(params)
+    params = optax_mp.cast(params)
   state = TrainingState(params, statistics, optimizer.init(params))
   losses = []
   for x, y in batches:

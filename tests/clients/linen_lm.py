@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from clients import data
-from clients import runs
+import optax_mp
 
 RATE, STEPS, WIDTH = 1e-2, 40, 64
 RULES = (
@@ -62,7 +62,7 @@ def create(model, tx, dtype, key):
   words = jnp.zeros((1, data.LENGTH), jnp.int32)
   params = model.init(key, words)['params']
   if dtype == jnp.bfloat16:
-    params = runs.cast(params)
+    params = optax_mp.cast(params)
   return train_state.TrainState.create(
     apply_fn=model.apply, params=params, tx=tx
   )

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from clients import data
-from clients import runs
+import optax_mp
 
 RATE, STEPS, WIDTH = 1e-2, 40, 128
 
@@ -46,7 +46,7 @@ def train(make, dtype, seed=0, rank=0):
   model = Model(nnx.Rngs(seed), rank)
   which = nnx.LoRAParam if rank else nnx.Param
   if dtype == jnp.bfloat16:
-    nnx.update(model, runs.cast(nnx.state(model, which)))
+    nnx.update(model, optax_mp.cast(nnx.state(model, which)))
   optimizer = nnx.Optimizer(model, make(RATE), wrt=which)
 
   @nnx.jit

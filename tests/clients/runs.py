@@ -39,7 +39,7 @@ FLOAT32 = {
   'sgd': lambda lr: optax.sgd(10 * lr, momentum=0.9),
   'muon': lambda lr: contrib.muon(4 * lr, adam_learning_rate=lr),
   'ademamix': lambda lr: contrib.ademamix(lr, weight_decay=0.01),
-  'came': lambda lr: optax_mp.came(lr / 2, weight_decay=0.01),
+  'came': lambda lr: optax_mp.came(lr / 5, weight_decay=0.01),
   'adam_mini': lambda lr: optax_mp.adam_mini(
     lr, blocks=optax_mp.optimizers.adam_mini_blocks(1), weight_decay=0.01
   ),
@@ -93,16 +93,6 @@ OURS = {
 
 # The others are in the table alone: what they store is tested by these.
 TESTED = tuple(n for n in OURS if n not in ('nadamw, 8 bits', 'micro_adam'))
-
-
-def cast(params: Any) -> Any:
-  """The client's own line: floating-point arrays in bfloat16."""
-
-  def to_bfloat16(x):
-    is_float = hasattr(x, 'dtype') and jnp.issubdtype(x.dtype, jnp.floating)
-    return x.astype(BF16) if is_float else x
-
-  return jax.tree.map(to_bfloat16, params)
 
 
 def final(losses: Any) -> float:

@@ -7,7 +7,7 @@ from tunix.sft import peft_trainer
 
 from clients import data
 from clients import nnx_lm
-from clients import runs
+import optax_mp
 
 RATE, STEPS, RANK = 1e-2, 40, 8
 
@@ -65,7 +65,7 @@ def train(
   model = Model(nnx.Rngs(seed), rank)
   which = nnx.LoRAParam if rank else nnx.Param
   if dtype == jnp.bfloat16:
-    nnx.update(model, runs.cast(nnx.state(model, which)))
+    nnx.update(model, optax_mp.cast(nnx.state(model, which)))
   config = peft_trainer.TrainingConfig(
     eval_every_n_steps=10**6,
     max_steps=steps,
