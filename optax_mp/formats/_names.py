@@ -90,10 +90,18 @@ def name_in(stored: Any) -> str | None:
 def describe(stored: Any) -> str:
   """The name, or a word on why there is none; nothing for an array."""
   if _base.is_stored(stored) or isinstance(stored, Mapping):
-    return (
-      name_in(stored) or 'a format without a name (version 0.1.0 gave none)'
-    )
+    return name_in(stored) or 'a format without a name'
   return ''
+
+
+def hint(stored: Any) -> str:
+  """The way out for a state whose formats have no names; else nothing."""
+  if name_in(stored):
+    return ''
+  return (
+    ' If version 0.1.0 saved the state, which gave formats no names, '
+    '`checkpoint.rebuild(tx, params, state, unnamed=True)` gives them.'
+  )
 
 
 def _words(value: Any, field: str = '') -> str:
