@@ -129,14 +129,16 @@ def _named_type(plain: Any, name: str) -> Any:
   *others, last = plain._fields
   field = f'{last}{_SEPARATOR}{name}'
 
+  def short(kwargs):
+    return {last if key == field else key: x for key, x in kwargs.items()}
+
   def new(cls, *args, **kwargs):  # Flax restores by the names of fields
-    if field in kwargs:
-      kwargs[last] = kwargs.pop(field)
-    return plain.__new__(cls, *args, **kwargs)
+    return plain.__new__(cls, *args, **short(kwargs))
 
   namespace = {
     '__slots__': (),
     '__new__': new,
+    '_replace': lambda self, **kwargs: plain._replace(self, **short(kwargs)),
     '__doc__': f'{plain.__doc__}\n\nThe last field names the format.',
     '__module__': __name__,
     '__reduce__': lambda self: (_restored, (plain, name, tuple(self))),
