@@ -90,10 +90,18 @@ def name_in(stored: Any) -> str | None:
 def describe(stored: Any) -> str:
   """The name, or a word on why there is none; nothing for an array."""
   if _base.is_stored(stored) or isinstance(stored, Mapping):
-    return (
-      name_in(stored) or 'a format without a name (version 0.1.0 gave none)'
-    )
+    return name_in(stored) or 'a format without a name'
   return ''
+
+
+def hint(stored: Any) -> str:
+  """The way out for a state whose formats have no names; else nothing."""
+  if name_in(stored):
+    return ''
+  return (
+    ' If version 0.1.0 saved the state, which gave formats no names, '
+    '`checkpoint.rebuild(tx, params, state, unnamed=True)` gives them.'
+  )
 
 
 def _words(value: Any, field: str = '') -> str:
@@ -121,14 +129,16 @@ def _named_type(plain: Any, name: str) -> Any:
   *others, last = plain._fields
   field = f'{last}{_SEPARATOR}{name}'
 
+  def short(kwargs):
+    return {last if key == field else key: x for key, x in kwargs.items()}
+
   def new(cls, *args, **kwargs):  # Flax restores by the names of fields
-    if field in kwargs:
-      kwargs[last] = kwargs.pop(field)
-    return plain.__new__(cls, *args, **kwargs)
+    return plain.__new__(cls, *args, **short(kwargs))
 
   namespace = {
     '__slots__': (),
     '__new__': new,
+    '_replace': lambda self, **kwargs: plain._replace(self, **short(kwargs)),
     '__doc__': f'{plain.__doc__}\n\nThe last field names the format.',
     '__module__': __name__,
     '__reduce__': lambda self: (_restored, (plain, name, tuple(self))),

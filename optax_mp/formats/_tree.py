@@ -203,7 +203,7 @@ def check_stored(
       'setting, `min_size` or shapes (of the gradients too) changed since '
       '`init`. Use the old ones, convert the state with '
       '`checkpoint.convert(old_tx, new_tx, state, params)`, or call `init` '
-      'again.'
+      f'again.{_names.hint(stored) if format else ""}'
     )
   return found
 

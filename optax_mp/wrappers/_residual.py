@@ -103,6 +103,7 @@ def fitting(path: Any, param: Any, residual: Any, residual_bits: int) -> Any:
       '`optax.apply_updates`, which keeps the dtype, or cast the sum. Call '
       '`init` again for other parameters, and for another setting convert the '
       'state with `checkpoint.convert(old_tx, new_tx, state, params)`.'
+      + _names.hint(residual)
     )
   return found
 
