@@ -1,17 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where the arrays of an optimizer's state lie on a mesh."""
 
-import math
 from typing import Any
 
 import jax
+from jax.sharding import AbstractMesh
+from jax.sharding import AxisType
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 import optax
 
-from optax_mp import formats
 from optax_mp._core import _boxes
-from optax_mp.formats import _axes
 from optax_mp.formats import _paths
 
 
@@ -32,13 +31,14 @@ def state_shardings(
 
   Returns:
     A tree of shardings like ``tx.init(params)``. Arrays with a parameter's
-    shape lie like the parameter. An axis of another array is cut like the axis
-    of the parameter that it follows: rows like rows, block scales like columns
-    where whole blocks remain. All other axes are replicated.
+    shape lie like the parameter. Other arrays are cut along the axes that they
+    share with it, where the optimizer cuts them on a mesh with explicit axes:
+    rows like rows, block scales like columns where whole blocks remain. All
+    other axes are replicated.
 
   Raises:
-    ValueError: if ``shardings`` has another structure than ``params`` or holds
-      something else than shardings.
+    ValueError: if ``shardings`` has another structure than ``params``, holds
+      something else than shardings, or those of several meshes.
 
   Examples:
     >>> import jax, jax.numpy as jnp, optax_mp
@@ -53,26 +53,39 @@ def state_shardings(
     True
   """
   bare = _boxes.unbox(params)
-  paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(bare)]
   places = _places(_boxes.unbox(shardings), bare)
-  params_at = dict(zip(paths, jax.tree.leaves(bare), strict=True))
-  place_at = dict(zip(paths, places, strict=True))
   state = jax.eval_shape(tx.init, params)
-  alone = _boxes.unbox(state)
-  owners = _paths.owners(alone, paths)
-  elsewhere = _replicated(places)
+  if places and isinstance(places[0], NamedSharding):
+    found = _as_explicit(tx, bare, places)
+  else:
+    whole = places[0] if places else None
+    found = [whole] * len(jax.tree.leaves(state))
+  return jax.tree.structure(state).unflatten(found)
 
-  def place(path, stored):
-    param = params_at.get(owners[path])
-    if param is None:
-      return jax.tree.map(lambda _: elsewhere, stored)
-    where = place_at[owners[path]]
-    return jax.tree.map(lambda x: _follow(where, param.shape, x.shape), stored)
 
-  found = jax.tree_util.tree_map_with_path(
-    place, alone, is_leaf=formats.is_stored
-  )
-  return jax.tree.structure(state).unflatten(jax.tree.leaves(found))
+def _as_explicit(tx: Any, params: Any, places: list[Any]) -> list[Any]:
+  """The shardings of the state's arrays, by their types on explicit axes.
+
+  There JAX follows each axis through the program of ``tx.init``. Nothing is
+  compiled, and no device is needed.
+  """
+  mesh = places[0].mesh
+  kinds = (AxisType.Explicit,) * len(mesh.axis_names)
+  explicit = AbstractMesh(mesh.axis_sizes, mesh.axis_names, axis_types=kinds)
+  placed = [
+    jax.ShapeDtypeStruct(
+      x.shape, x.dtype, sharding=NamedSharding(explicit, place.spec)
+    )
+    for x, place in zip(jax.tree.leaves(params), places, strict=True)
+  ]
+  with jax.sharding.use_abstract_mesh(explicit):
+    state = jax.eval_shape(
+      tx.init, jax.tree.structure(params).unflatten(placed)
+    )
+  return [
+    NamedSharding(mesh, x.sharding.spec if x.sharding else PartitionSpec())
+    for x in jax.tree.leaves(state)
+  ]
 
 
 def _places(shardings: Any, params: Any) -> list[Any]:
@@ -87,24 +100,9 @@ def _places(shardings: Any, params: Any) -> list[Any]:
         f'`shardings` must be a tree of shardings like `params`; got {place!r}.'
         ' A PartitionSpec becomes one by `NamedSharding(mesh, spec)`.'
       )
+  if len({getattr(place, 'mesh', place) for place in places}) > 1:
+    raise ValueError(
+      '`shardings` must be of one mesh, since each array of the state lies on '
+      'the mesh of the parameters; got several.'
+    )
   return places
-
-
-def _replicated(places: list[Any]) -> Any:
-  """Where counters and other arrays lie that belong to no parameter."""
-  for place in places:
-    if isinstance(place, NamedSharding):
-      return NamedSharding(place.mesh, PartitionSpec())
-  return places[0] if places else None
-
-
-def _follow(place: Any, shape: Any, own_shape: Any) -> Any:
-  if not isinstance(place, NamedSharding) or own_shape == shape:
-    return place
-
-  def can_cut(length, axes):
-    axes = (axes,) if isinstance(axes, str) else axes or ()
-    return length % math.prod(place.mesh.shape[axis] for axis in axes) == 0
-
-  spec = _axes.follow(tuple(place.spec), shape, own_shape, can_cut)
-  return NamedSharding(place.mesh, PartitionSpec(*spec))

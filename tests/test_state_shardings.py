@@ -24,9 +24,14 @@ SHAPES = {
   'vector': ((1024,), P('d')),
   'whole': ((32, 128), P()),
 }
-RECIPES = {
+ALL = {
   name: functools.partial(row.recipe, row.lr, min_size=0, **row.settings)
   for name, row in tables.RECIPES.items()
+}
+ALL |= {
+  name: functools.partial(row.make, row.lr)
+  for name, row in tables.PAPERS.items()
+  if not row.variant
 }
 
 
@@ -67,10 +72,10 @@ def assert_equivalent(ours, theirs, state):
     assert a.is_equivalent_to(b, x.ndim), (jax.tree_util.keystr(path), a, b)
 
 
-@pytest.mark.parametrize('name', RECIPES)
+@pytest.mark.parametrize('name', ALL)
 def test_equals_the_types_of_explicit_axes(name):
   """kind: exact. Traced: on explicit axes JAX itself says it."""
-  tx, mesh = RECIPES[name](), make_mesh()
+  tx, mesh = ALL[name](), make_mesh()
   state = jax.eval_shape(tx.init, placed(mesh))
   foretold = optax_mp.state_shardings(tx, shapes(), places(mesh))
 
@@ -86,7 +91,7 @@ def test_equals_the_types_of_explicit_axes(name):
 @pytest.mark.parametrize('name', ['adamw_8bit', 'adamw_4bit_factored'])
 def test_equals_what_the_compiler_chooses(name, kind, quickly):
   """kind: exact."""
-  tx, mesh = RECIPES[name](), make_mesh(kind)
+  tx, mesh = ALL[name](), make_mesh(kind)
   compiled = jax.jit(tx.init).lower(placed(mesh)).compile()
   foretold = optax_mp.state_shardings(tx, shapes(), places(mesh))
   state = jax.eval_shape(tx.init, shapes())
@@ -96,7 +101,7 @@ def test_equals_what_the_compiler_chooses(name, kind, quickly):
 @pytest.fixture(scope='module')
 def trained():
   """A mesh, a transformation, where its state lies, that state."""
-  tx, mesh = RECIPES['adamw_8bit'](), make_mesh(AxisType.Auto)
+  tx, mesh = ALL['adamw_8bit'](), make_mesh(AxisType.Auto)
   params = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), shapes())
   params = jax.device_put(params, places(mesh))
   where = optax_mp.state_shardings(tx, params, places(mesh))
@@ -149,7 +154,7 @@ def test_blocks_that_are_cut_are_whole(kind):
   mesh = make_mesh(kind)
   params = {'w': jax.ShapeDtypeStruct((64, 256), jnp.bfloat16)}
   where = {'w': NamedSharding(mesh, P(None, 'd'))}
-  tx = RECIPES['adamw_8bit']()
+  tx = ALL['adamw_8bit']()
   foretold = optax_mp.state_shardings(tx, params, where)
   codes, scales = foretold.inner_state.inner_state[0].mu['w']
   assert codes.is_equivalent_to(where['w'], 2)
@@ -170,7 +175,7 @@ def test_optax_too(make):
 def test_one_sharding_for_all():
   mesh = make_mesh(AxisType.Auto)
   whole = NamedSharding(mesh, P())
-  foretold = optax_mp.state_shardings(RECIPES['adamw_8bit'](), shapes(), whole)
+  foretold = optax_mp.state_shardings(ALL['adamw_8bit'](), shapes(), whole)
   assert all(x.is_fully_replicated for x in jax.tree.leaves(foretold))
 
 
@@ -182,6 +187,16 @@ def test_what_is_no_sharding_is_refused(shardings, message):
   params = {'w': jax.ShapeDtypeStruct((64, 256), jnp.bfloat16)}
   with pytest.raises(ValueError, match=message):
     optax_mp.state_shardings(optax_mp.adamw_8bit(1e-3), params, shardings)
+
+
+def test_several_meshes_are_refused():
+  several = places(make_mesh()) | {'whole': places(make_half())['whole']}
+  with pytest.raises(ValueError, match='`shardings` must be of one mesh'):
+    optax_mp.state_shardings(optax_mp.adamw_8bit(1e-3), shapes(), several)
+
+
+def make_half():
+  return jax.make_mesh((4,), ('d',), devices=jax.devices()[:4])
 
 
 def test_another_structure_is_refused():
