@@ -85,7 +85,7 @@ def from_optax(
   plain = jax.tree.map(_plain.Leaf, _boxes.unbox(plain_state))
   spec = _plain.spec(tx, bare)
   spec = _float32.with_residuals(spec, _weights.no_errors(bare, spec))
-  state = _plain.wrapped(spec, plain)
+  state = _plain.wrapped(spec, _plain.placed(plain, bare))
   return _boxed.box_state(_layout.lay_out(state, bare), params)
 
 
@@ -142,6 +142,7 @@ def convert(
   spec = _plain.spec(new_tx, like)
   new_params, residuals = _weights.recut(bare, state, like, spec)
   spec = _float32.with_residuals(spec, residuals)
+  plain = _plain.placed(plain, new_params)
   new_state = _with_counts(_plain.wrapped(spec, plain), state)
   new_state = _layout.lay_out(new_state, new_params)
   new_state = _boxed.box_state(new_state, params)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optax_mp.formats import _layout
 from optax_mp.formats import _names
 from optax_mp.formats import _paths
 from optax_mp.formats import _rule
@@ -38,15 +39,18 @@ class Leaf:
   stored: Any  # as it lies in the state
   format: Any = None  # None: it is plain already
   like: Any = None  # shape and dtype of what the format stored
+  param: Any = None  # the parameter that it belongs to and shall lie like
 
   def read(self) -> Any:
     """The plain array."""
-    return _tree.decode_stored(self.format, self.stored, self.like)
+    x = _tree.decode_stored(self.format, self.stored, self.like)
+    return x if self.param is None else _layout.lay_out_leaf(x, self.param)
 
   def is_kept_in(self, format: Any, like: Any) -> bool:
     """Whether ``format`` would store the array just as it is stored."""
-    return (
-      self.format is not None
+    return bool(
+      self.format
+      and self.like
       and _names.name_of(self.format) == _names.name_of(format)
       and (self.like.shape, self.like.dtype) == (like.shape, like.dtype)
     )
@@ -78,7 +82,7 @@ def _unwrapped(node: Any, state: Any) -> Any:
   if not isinstance(node, _compressed.CompressedState):
     return Leaf(state)
   _common.check_state(state, _compressed.CompressedState)
-  decided = node.inner_state
+  decided: Any = node.inner_state
   found = _tree.flatten_state(decided.treedef, state.inner_state)
   chosen = _rule.formats_of(decided.choices, found)
   return decided.treedef.unflatten(
@@ -87,6 +91,20 @@ def _unwrapped(node: Any, state: Any) -> Any:
       _paths_of(decided.treedef), found, chosen, _likes(decided), strict=True
     )
   )
+
+
+def placed(plain: Any, params: Any) -> Any:
+  """The leaves of a plain state, each to lie like its parameter.
+
+  So scales, which are computed from them, lie like those of ``init``.
+  """
+  own = dict(jax.tree_util.tree_leaves_with_path(params))
+  owners = _paths.owners(plain, own)
+
+  def place(path, leaf):
+    return dataclasses.replace(leaf, param=own.get(owners[path]))
+
+  return jax.tree_util.tree_map_with_path(place, plain)
 
 
 def wrapped(spec: Any, plain: Any) -> Any:
@@ -114,7 +132,7 @@ def _wrapped(path: Any, node: Any, plain: Any) -> Any:
     )
   if not isinstance(node, _compressed.CompressedState):
     return _fitting(path, plain, node)
-  decided = node.inner_state
+  decided: Any = node.inner_state
   found = _paths.flatten_like(
     decided.treedef, plain, 'plain_state', 'tx', _HINT
   )

@@ -6,6 +6,7 @@ from typing import Any
 
 import chex
 import jax
+from jax import core
 from jax import lax
 import jax.numpy as jnp
 
@@ -26,18 +27,21 @@ def lay_out(state: Any, params: Any) -> Any:
     param = leaves.get(owners[path])
     if param is None:
       return stored
-    return jax.tree.map(functools.partial(_lay_out, param=param), stored)
+    return jax.tree.map(functools.partial(lay_out_leaf, param=param), stored)
 
   return jax.tree_util.tree_map_with_path(
     like_param, state, is_leaf=_base.is_stored
   )
 
 
-def _lay_out(x: chex.Array, param: chex.Array) -> chex.Array:
-  """``x``, sharded like ``param`` if it has its shape."""
+def lay_out_leaf(x: Any, param: Any) -> Any:
+  """``x``, sharded like ``param`` if it has its shape.
+
+  Outside of compiled functions an array that lies right is not copied.
+  """
   if x.shape != param.shape:
     return x
-  if isinstance(x, jax.core.Tracer) or isinstance(param, jax.core.Tracer):
+  if isinstance(x, core.Tracer) or isinstance(param, core.Tracer):
     return lay_out_like(x, param)
   where = getattr(param, 'sharding', None)  # shapes alone have none
   return x if where is None else jax.device_put(x, where)

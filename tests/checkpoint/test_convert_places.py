@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
+import optax
 import pytest
 
 from optax_mp import backward
@@ -105,6 +106,17 @@ def test_plain_states_on_eight_devices(mesh, name):
   assert_lies_like(plain[0].mu, params)
   assert_lies_like(plain[0].nu, params)
   assert_lies_like(checkpoint.from_optax(tx, plain, params), state)
+
+
+@pytest.mark.parametrize('name', ['8bit', 'factored'])
+def test_a_plain_state_from_the_host(mesh, name):
+  """A restored state of plain Optax goes where the parameters are."""
+  params = put(wide_tree(BF16), mesh)
+  plain = optax.adamw(1e-2).init(wide_tree(jnp.float32))
+  state = checkpoint.from_optax(
+    states.tx_of(name), jax.device_get(plain), params
+  )
+  assert_lies_like(state, states.tx_of(name).init(params))
 
 
 def test_layers_of_a_fused_step():
