@@ -5,7 +5,6 @@ import re
 from typing import Any
 import warnings
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +17,7 @@ from optax_mp.formats import _paths
 
 def cast(
   params: optax.Params,
-  dtype: chex.ArrayDType = jnp.bfloat16,
+  dtype: Any = jnp.bfloat16,
   keep_float32: str | re.Pattern[str] | None = None,
 ) -> optax.Params:
   """Parameters in another dtype, all but those that a pattern keeps.

@@ -135,7 +135,7 @@ def _injected(
       name: f.update(state.hyperparams_states[name], **extra_args)
       for name, f in given.stateful.items()
     }
-    step = optax.safe_increment(state.step)
+    step = jnp.asarray(optax.safe_increment(state.step))
     return updates, InjectedState(numbers, states, step, inner_state)
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -10,6 +10,7 @@ import functools
 from typing import Any
 
 import jax
+from jax.core import Tracer
 from jax.custom_derivatives import SymbolicZero
 import jax.numpy as jnp
 
@@ -30,7 +31,7 @@ def refused(tree: Any) -> Any:
 
 def _refused(x: Any) -> Any:
   # Outside all transformations there is nothing to differentiate.
-  if not isinstance(x, jax.core.Tracer):
+  if not isinstance(x, Tracer):
     return x
   return _identity(x) if jnp.issubdtype(x.dtype, jnp.floating) else x
 

@@ -90,7 +90,7 @@ def factory(
 
     known = STATIC.union(static, decays)
     static_args = tuple(name for name in names if name in known)
-    signature = _Signature(parameters.values())
+    signature = _Signature(list(parameters.values()))
     signature.static, signature.decays = frozenset(static_args), decays
     setattr(checked, 'static_args', static_args)  # noqa: B010, for pyright
     setattr(checked, '__signature__', signature)  # noqa: B010

@@ -197,8 +197,10 @@ def _likes(decided: Any) -> Iterator[Any]:
   """Shape and dtype of each leaf before a format stored it."""
   kept = decided.treedef.flatten_up_to(decided.state)
   for choice, x in zip(decided.choices, kept, strict=True):
-    stored = choice is not None and choice.format is not None
-    yield jax.ShapeDtypeStruct(choice.shape, jnp.float32) if stored else x
+    if choice is None or choice.format is None:
+      yield x
+    else:
+      yield jax.ShapeDtypeStruct(choice.shape, jnp.float32)
 
 
 def _is_wrapper(x: Any) -> bool:

@@ -72,7 +72,7 @@ def automatic_update(
       lambda x: NamedSharding(mesh, jax.typeof(x).sharding.spec),
       (updates, state),
     )
-    inside = jax.sharding.auto_axes(
+    inside: Any = jax.sharding.auto_axes(
       update, axes=mesh.explicit_axes, out_sharding=wanted
     )
     return inside(updates, state, params)

@@ -185,7 +185,7 @@ class Method(NamedTuple):
     """One block of errors, under the name of its format."""
     return _names.named(self.residual, self.residual.encode(x))
 
-  def _decode(self, kept: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
+  def _decode(self, kept: Any, like: jax.ShapeDtypeStruct) -> Any:
     return self.residual.decode(_names.nameless(kept), like)
 
   def _step(self, x, indices, values, residual, moments, group):
