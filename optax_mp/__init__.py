@@ -46,13 +46,16 @@ from optax_mp.optimizers import sgd_sm as sgd_sm
 from optax_mp.sharding import state_shardings as state_shardings
 from optax_mp.wrappers import CompensatedState as CompensatedState
 from optax_mp.wrappers import CompressedState as CompressedState
+from optax_mp.wrappers import SkipNonfiniteState as SkipNonfiniteState
 from optax_mp.wrappers import compensated as compensated
 from optax_mp.wrappers import compressed as compressed
+from optax_mp.wrappers import skip_nonfinite as skip_nonfinite
 
 __all__ = (
   'CompensatedState',
   'CompressedState',
   'InjectedState',
+  'SkipNonfiniteState',
   'adagrad_sn',
   'adagrad_snsm',
   'adalomo',
@@ -92,5 +95,5 @@ __all__ = (
   'sgd_sm',
   'sgdm_8bit',
   'sgdm_bf16',
-  'state_shardings',
+  'skip_nonfinite',
 )

@@ -15,6 +15,7 @@ from optax_mp.formats import _containers
 from optax_mp.formats import _leaves
 from optax_mp.formats import _paths
 from optax_mp.wrappers import _common
+from optax_mp.wrappers import _conditional
 from optax_mp.wrappers import _residual
 
 
@@ -89,9 +90,11 @@ def compensated(
   **Caveats:** where a weight shrinks more than 65536-fold in one step (float16:
   8192-fold), p + (p' - p) may miss p' by a float32 rounding error of p.
   A master too large for the parameter's dtype shows as infinity and does not
-  come back. ``optax.apply_if_finite`` and ``value_and_grad_from_state`` want
-  updates of the gradients' dtype: give them float32 gradients, or put the
-  former inside, ``compensated(apply_if_finite(inner))``. After
+  come back. ``optax.value_and_grad_from_state`` wants updates of the gradients'
+  dtype: give it float32 gradients. So do Optax's conditional wrappers
+  (``optax.apply_if_finite``), which get them: there, a weight that more than
+  halves or doubles in a step may land beside itself, by half a bit of it;
+  :func:`skip_nonfinite` needs no branch. After
   ``vmap(tx.init)`` every row has the same noise, unless ``update`` is given
   its number as ``layer=``.
 
@@ -151,9 +154,13 @@ def compensated(
       )
     ]
     new_updates = treedef.unflatten(update for update, _ in pairs)
+    residual = treedef.unflatten(residual for _, residual in pairs)
+    new_updates, residual = _conditional.as_asked_for(
+      updates, params, new_updates, residual
+    )
     residual = treedef.unflatten(
       _containers.contained(new, old)
-      for (_, new), old in zip(pairs, given, strict=True)
+      for new, old in zip(treedef.flatten_up_to(residual), given, strict=True)
     )
     count = state.noise_count + 1
     return new_updates, CompensatedState(inner_state, residual, count)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_mp import formats
+from optax_mp._core import _finite
 from optax_mp.formats import _base
 from optax_mp.formats import _boxed
 from optax_mp.formats import _containers
@@ -182,6 +183,10 @@ def keep_compressed(
 
     scales = _passes.fit_ahead(advance, state.inner_state, like, chosen)
     new_updates, inner_state = advance(state.inner_state)
+    _finite.note(
+      inner_state,
+      lambda: _tree.decode_leaves(state.inner_state, like, chosen, 'state'),
+    )
     layer = extra_args.get('layer')
     now = _common.noise_key(seed, state.noise_count, layer)
     stored = _tree.encode_leaves(inner_state, chosen, now, scales)

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 from jax import lax
+import jax.numpy as jnp
 
 from optax_mp.formats import _fitted
 from optax_mp.formats import _tree
@@ -43,17 +44,22 @@ def _recomputed(stored: Any, like: Any) -> Any:
   computes them for each of its results anyway.
   """
 
-  def told_apart(leaf, parts):
+  def parts_told_apart(leaf, parts):
     return jax.tree.map(
-      lambda x: _barrier(x) if x.shape == leaf.shape else x, parts
+      lambda x: told_apart(x) if x.shape == leaf.shape else x, parts
     )
 
   leaves, treedef = jax.tree.flatten(like)
   found = _tree.flatten_state(treedef, stored)
-  return treedef.unflatten(map(told_apart, leaves, found))
+  return treedef.unflatten(map(parts_told_apart, leaves, found))
 
 
-def _barrier(x: Any) -> Any:
+def told_apart(x: Any) -> Any:
+  """An array, of which XLA does not know that it is the same; but XLA:CPU."""
+  if not isinstance(x, jax.Array) or jnp.issubdtype(
+    x.dtype, jax.dtypes.extended
+  ):
+    return x
   return lax.platform_dependent(
     x, cpu=lambda x: x, default=lax.optimization_barrier
   )

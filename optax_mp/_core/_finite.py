@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether a step makes something infinite or NaN that was finite before.
+
+A state is looked at in float32, before it is stored: integer codes cannot be
+NaN, and a format may keep an infinity as its largest number. So whoever stores
+a state notes it while the step is traced, and whoever guards the step collects
+the notes.
+"""
+
+from collections.abc import Callable, Iterator
+import contextlib
+import contextvars
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from optax_mp._core import _traces
+
+
+class Notes:
+  """What was noted of one step in one trace: flags, one for each state."""
+
+  def __init__(self):
+    self.trace = _traces.current()
+    self.flags: list[jax.Array] = []
+
+
+_collecting: contextvars.ContextVar[tuple[Notes, ...]] = contextvars.ContextVar(
+  'collecting', default=()
+)
+
+
+@contextlib.contextmanager
+def collected() -> Iterator[Notes]:
+  """Within it, :func:`note` writes into what it gives, too."""
+  notes = Notes()
+  token = _collecting.set((*_collecting.get(), notes))
+  try:
+    yield notes
+  finally:
+    _collecting.reset(token)
+
+
+@contextlib.contextmanager
+def unnoticed() -> Iterator[None]:
+  """Within it, nothing is noted: a step that was looked at already."""
+  token = _collecting.set(())
+  try:
+    yield
+  finally:
+    _collecting.reset(token)
+
+
+def note(new: Any, old: Callable[[], Any]) -> None:
+  """Notes a new state for those who guard this step.
+
+  Args:
+    new: the state in float32, before it is stored.
+    old: returns the one before, in float32.
+  """
+  here = _traces.current() if _collecting.get() else None
+  # A flag must not leave its trace: in a branch or a `vmap` between the two,
+  # the guard has to look at what is stored.
+  for notes in _collecting.get():
+    if notes.trace == here:
+      notes.flags.append(stays(new, old()))
+
+
+def stays(new: Any, old: Any) -> jax.Array:
+  """True unless a float was finite in ``old`` and is not in ``new``."""
+  flags = [
+    jnp.all(jnp.isfinite(_wide(x)) | ~jnp.isfinite(_wide(y)))
+    for x, y in zip(*map(jax.tree.leaves, (new, old)), strict=True)
+    if is_float(x) and is_float(y)
+  ]
+  return every(flags)
+
+
+def all_finite(tree: Any) -> jax.Array:
+  """True unless a float is infinite or NaN."""
+  floats = filter(is_float, jax.tree.leaves(tree))
+  return every([jnp.all(jnp.isfinite(_wide(x))) for x in floats])
+
+
+def every(flags: list[jax.Array]) -> jax.Array:
+  """True if all of them are."""
+  return jnp.all(jnp.stack(flags)) if flags else jnp.ones((), jnp.bool)
+
+
+def is_float(x: Any) -> bool:
+  """Whether it has real or complex values that can be infinite."""
+  dtype = getattr(x, 'dtype', type(x))
+  return jnp.issubdtype(dtype, jnp.inexact)
+
+
+def _wide(x: Any) -> jax.Array:
+  """In float32 where it has fewer bits: fp8 has no test of its own."""
+  x = jnp.asarray(x)
+  return x.astype(jnp.float32) if x.dtype.itemsize < 4 else x
