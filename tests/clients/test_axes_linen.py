@@ -6,6 +6,7 @@ import functools
 import flax.linen as nn
 from flax.training import train_state
 import jax
+from jax.sharding import AxisType
 from jax.sharding import NamedSharding
 from orbax import checkpoint as ocp
 import pytest
@@ -76,6 +77,29 @@ def test_shardings_fit_the_state(name):
         assert place.is_equivalent_to(wanted[key], x.ndim), path
         found += 1
   assert found >= len(wanted)  # residuals, and momenta of most
+
+
+@pytest.mark.parametrize('name', named.ALL)
+def test_steps_on_explicit_axes(name):
+  """Traced: boxes are made before anything is known to be cut."""
+  mesh = named.make_mesh(AxisType.Explicit)
+  init = functools.partial(create, named.ALL[name](), named.SHAPES)
+  abstract, gradients = jax.eval_shape(init), named.values(1)
+  shardings = shardings_of(init, mesh)
+  place = functools.partial(jax.tree.map, with_sharding)
+  with jax.set_mesh(mesh):
+    state = place(nn.meta.unbox(abstract), linen_lm.unbox(shardings))
+    after = jax.eval_shape(
+      lambda state, g: state.apply_gradients(grads=g), state, gradients
+    )
+  shapes = [
+    jax.tree.map(lambda x: (x.shape, x.dtype), tree) for tree in (state, after)
+  ]
+  assert shapes[0] == shapes[1]
+
+
+def with_sharding(x, place):
+  return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
 
 
 @functools.cache

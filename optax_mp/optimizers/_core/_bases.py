@@ -107,12 +107,19 @@ def made(
       f'`projector` must return an array of shape {wanted} for a gradient of '
       f'shape {g.shape} and rank {rank}; got {basis.shape}.'
     )
-  # Whole on every device, where an explicit mesh has G in parts.
+  return _whole(basis, g)
+
+
+def _whole(basis: chex.Array, g: chex.Array) -> chex.Array:
+  """The basis, whole on every device where an explicit mesh has G in parts."""
   return _trees.sharded_along(basis, g, [*_trees.stack_axes(g), None, None])
 
 
 def refreshed(
-  due: chex.Array, make: Callable[[], chex.Array], stored: chex.Array
+  due: chex.Array,
+  make: Callable[[], chex.Array],
+  stored: chex.Array,
+  g: chex.Array,
 ) -> chex.Array:
   """The basis, made anew on steps when that is due and on no other.
 
@@ -121,10 +128,13 @@ def refreshed(
       of ``vmap`` would have the basis made on every step.
     make: makes it.
     stored: the basis of the step before.
+    g: the gradient.
 
   Returns:
     The basis of this step.
   """
+  # It comes in parts where a sharding was asked for that `init` does not give.
+  stored = _whole(stored, g)
   return lax.cond(due, make, lambda: stored)
 
 

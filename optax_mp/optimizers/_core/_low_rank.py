@@ -107,7 +107,7 @@ def scale_by(
     def make():
       return _bases.made(projector, g, rank, key)
 
-    basis = _bases.refreshed(due, make, old) if stored else make()
+    basis = _bases.refreshed(due, make, old, g) if stored else make()
     x = _projection.project(g, basis)
     n, mu, nu = _adam.normalized(x, mu, nu, *adam)
     u, norm = rule(g, x, n, basis, norm)

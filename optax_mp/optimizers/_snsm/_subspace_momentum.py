@@ -136,7 +136,7 @@ def scale_by_subspace_momentum(
       if projector == 'random':
         now = make()
       else:
-        now = stored = _bases.refreshed(due, make, stored)
+        now = stored = _bases.refreshed(due, make, stored, g)
       if on_refresh == 'reset':
         mu = jnp.where(due, 0.0, mu)
       n, mu = _with_momentum(g, mu, now, b1)
