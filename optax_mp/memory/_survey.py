@@ -73,7 +73,9 @@ def compile_step(
       target, step, params, state, tokens, donate_argnums=(0, 1)
     )
     return _report.report(compiled)
-  mesh = jax.sharding.AbstractMesh((num_devices,), ('data',))
+  mesh = jax.sharding.AbstractMesh(
+    (num_devices,), ('data',), axis_types=(jax.sharding.AxisType.Auto,)
+  )
   specs = (*_specs(params, state, num_devices), P('data'))
   shardings = jax.tree.map(lambda s: jax.sharding.NamedSharding(mesh, s), specs)
   args = jax.tree.map(

@@ -36,6 +36,15 @@ STORED = results.load('peak')['steps']['302M']
 SLACK = 0.01  # of a budget, which is rounded
 
 
+def assert_near(budget, measured):
+  """No more than the budget, and so near that it guards something.
+
+  As in `test_budgets.py`: versions of XLA differ by a few percent.
+  """
+  assert measured <= budget + SLACK
+  assert measured >= 0.95 * budget - SLACK, 'lower the budget'
+
+
 @functools.cache
 def compiled(target, dtype, tx=optax.adamw(1e-4)):  # noqa: B008, one for all
   """Report of a step with donated parameters and state, and their bytes."""
@@ -61,7 +70,7 @@ def test_no_gradients_in_bfloat16(target):
   assert stacked() == 302_309_376
   budget = BUDGETS['optax.adamw, bfloat16'][target]
   assert budget <= TEMPORARIES[target]
-  assert abs(report.temporary_bytes / stacked() - budget) <= SLACK
+  assert_near(budget, report.temporary_bytes / stacked())
   # Tiles are padded on a TPU, so it may count a little more.
   assert donated <= report.alias_bytes < 1.001 * donated
   assert target == 'tpu-v5e' or report.alias_bytes == donated
@@ -77,7 +86,7 @@ def test_eight_bits_keep_to_their_budget(target):
   tx = optax_mp.adamw_8bit(1e-4)
   report, donated, _ = compiled(target, jnp.bfloat16, tx)
   budget = BUDGETS['adamw_8bit'][target]
-  assert abs(report.temporary_bytes / stacked() - budget) <= SLACK
+  assert_near(budget, report.temporary_bytes / stacked())
   assert report.alias_bytes >= donated
 
 

@@ -84,16 +84,16 @@ def test_other_texts_tell_nothing(tmp_path):
   assert _read(tmp_path / 'other', ASSIGNMENT, None) is None
 
 
-# Of so small a model a TPU keeps the temporaries in vector memory; main memory
-# has tables of pointers, 16 KiB apart.
+# XLA:GPU leaves gaps between temporaries, which weigh more in a smaller model: a
+# third of them where layers are 256 wide. There a TPU has them in vector memory.
 @pytest.mark.parametrize(
-  'target, share', [('cpu', 0.7), ('h100', 0.7), ('tpu-v5e', 0.0)]
+  'target, share', [('cpu', 0.95), ('h100', 0.8), ('tpu-v5e', 0.8)]
 )
 def test_buffers_add_up_to_the_peak(target, share):
   """Claim: all of a whole step, but for the gaps between them, 15 %."""
   if target == 'cpu' and not CPU_TELLS_BUFFERS:
     pytest.skip('this jaxlib writes no live ranges')
-  size = gpt.Size(4, 256, vocabulary=2048, context=128)
+  size = gpt.Size(4, 1024, vocabulary=2048, context=128)
   tx = optax_mp.adamw_bf16(1e-3)
   params = gpt.shapes(size, jnp.bfloat16)
   args = params, jax.eval_shape(tx.init, params), gpt.tokens(size)

@@ -197,6 +197,13 @@ def test_capacity_is_what_the_compiler_allows(target):
   assert f'{capacity:.2f}' == f'{float(said[1]):.2f}'
 
 
+def _mesh(size):
+  """One axis, and of automatic type: from JAX 0.12 on that has to be said."""
+  return jax.sharding.AbstractMesh(
+    (size,), ('data',), axis_types=(jax.sharding.AxisType.Auto,)
+  )
+
+
 def _fsdp_args(tx, mesh):
   def of(spec):
     return jax.sharding.NamedSharding(mesh, spec)
@@ -222,7 +229,7 @@ def _fsdp_args(tx, mesh):
 def test_several_devices(target, size):
   """Exact: each device has its part; weights are gathered, others stay."""
   tx = optax_mp.adamw_bf16(1e-3)
-  mesh = jax.sharding.AbstractMesh((size,), ('data',))
+  mesh = _mesh(size)
   args = _fsdp_args(tx, mesh)
 
   def step(params, state, batch):
@@ -267,7 +274,7 @@ def test_a_mesh_of_two_axes_of_this_machines_devices(target):
 
 
 def test_specs_mean_the_mesh():
-  mesh = jax.sharding.AbstractMesh((8,), ('data',))
+  mesh = _mesh(8)
 
   def step(x):
     return jax.lax.with_sharding_constraint(x * 2, P('data'))
@@ -288,13 +295,13 @@ def test_specs_mean_the_mesh():
   ],
 )
 def test_meshes_that_do_not_exist(target, size, match):
-  mesh = jax.sharding.AbstractMesh((size,), ('data',))
+  mesh = _mesh(size)
   with pytest.raises(ValueError, match=f'`mesh` must.*{match}'):
     compile_for(target, jnp.sin, SHAPE, mesh=mesh)
 
 
 def test_sharded_arguments_need_their_mesh():
-  mesh = jax.sharding.AbstractMesh((8,), ('data',))
+  mesh = _mesh(8)
   sharding = jax.sharding.NamedSharding(mesh, P('data'))
   x = jax.ShapeDtypeStruct((64, 64), jnp.float32, sharding=sharding)
   with pytest.raises(ValueError, match='`mesh` must be the one that shards'):
