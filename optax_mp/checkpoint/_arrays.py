@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -76,7 +77,7 @@ def from_arrays(
 
 
 def _viewed(name: str, x: Any) -> tuple[str, np.ndarray]:
-  if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+  if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
     kind = f'{_KEY}{jax.random.key_impl(x)}'
     return f'{name}{_MARK}{kind}', np.asarray(jax.random.key_data(x))
   x = np.asarray(x)
@@ -94,4 +95,4 @@ def _restored(name: str, x: Any) -> tuple[str, Any]:
   if dtype.startswith(_KEY):
     impl = dtype.removeprefix(_KEY)
     return name, jax.random.wrap_key_data(x, impl=impl)
-  return name, np.asarray(x).view(jax.numpy.dtype(dtype))
+  return name, np.asarray(x).view(jnp.dtype(dtype))
