@@ -95,4 +95,4 @@ def _restored(name: str, x: Any) -> tuple[str, Any]:
   if dtype.startswith(_KEY):
     impl = dtype.removeprefix(_KEY)
     return name, jax.random.wrap_key_data(x, impl=impl)
-  return name, np.asarray(x).view(jax.numpy.dtype(dtype))
+  return name, np.asarray(x).view(jnp.dtype(dtype))

@@ -102,7 +102,8 @@ def placed(plain: Any, params: Any) -> Any:
   owners = _paths.owners(plain, own)
 
   def place(path, leaf):
-    return dataclasses.replace(leaf, param=own.get(owners[path]))
+    # Arrays inside of what an optimizer keeps in a format itself have no owner.
+    return dataclasses.replace(leaf, param=own.get(owners.get(path, ())))
 
   return jax.tree_util.tree_map_with_path(place, plain)
 
@@ -197,10 +198,9 @@ def _likes(decided: Any) -> Iterator[Any]:
   """Shape and dtype of each leaf before a format stored it."""
   kept = decided.treedef.flatten_up_to(decided.state)
   for choice, x in zip(decided.choices, kept, strict=True):
-    if choice is None or choice.format is None:
-      yield x
-    else:
-      yield jax.ShapeDtypeStruct(choice.shape, jnp.float32)
+    if choice is not None and choice.format is not None:
+      x = jax.ShapeDtypeStruct(choice.shape, jnp.float32)
+    yield x
 
 
 def _is_wrapper(x: Any) -> bool:

@@ -324,3 +324,15 @@ def test_papers(bits):
     if not same
   ]
   assert changed == ["[0].mu['w']"]
+
+
+def test_a_paper_with_a_format_of_its_own():
+  """Exact: what MicroAdam keeps in four bits itself goes on as it is."""
+  old, new = (
+    optax_mp.compensated(optax_mp.micro_adam(1e-2), bits) for bits in (16, 8)
+  )
+  params = states.tree(0, BF16)
+  params, state = states.apply(old, params, old.init(params))
+  new_params, new_state = checkpoint.convert(old, new, state, params)
+  states.assert_same_bits(new_state.inner_state, state.inner_state)
+  chex.assert_trees_all_equal_structs(new_state, new.init(new_params))

@@ -84,8 +84,9 @@ def test_other_texts_tell_nothing(tmp_path):
   assert _read(tmp_path / 'other', ASSIGNMENT, None) is None
 
 
-# XLA:GPU leaves gaps between temporaries, which weigh more in a smaller model: a
-# third of them where layers are 256 wide. There a TPU has them in vector memory.
+# XLA:GPU leaves gaps between temporaries, which weigh more in a smaller model:
+# a third of them where layers are 256 wide. There a TPU has them in vector
+# memory.
 @pytest.mark.parametrize(
   'target, share', [('cpu', 0.95), ('h100', 0.8), ('tpu-v5e', 0.8)]
 )
