@@ -1,33 +1,51 @@
 # Two commands: `make demo` and `make test`. The others are parts of them.
+# `make test PYTHON=python3.13 VENV=.venv-3.13` takes another interpreter.
 PYTHON ?= python3
-BIN := .venv/bin
+VENV ?= .venv
+BIN := $(VENV)/bin
 export JAX_PLATFORMS := cpu
 
-.PHONY: demo test lint doctest oldest bench readme clean
+# A few minutes: formats, wrappers, recipes, Flax, checkpoints and shardings.
+QUICK := tests/formats tests/wrappers tests/checkpoint/test_float32.py \
+  tests/test_cast.py tests/test_flax.py tests/test_inject.py \
+  tests/test_public.py tests/test_recipes.py tests/test_sharding.py \
+  tests/test_stalls.py
 
-demo: .venv/examples
+.PHONY: demo test quick clients lint doctest oldest bench readme clean
+
+demo: $(VENV)/examples
 	$(BIN)/python examples/demo.py
 
 # With the examples of the docstrings, which `make doctest` runs alone.
-test: .venv/test lint
+test: $(VENV)/test lint
 	$(BIN)/pytest -n 2 --dist worksteal -q --doctest-modules optax_mp tests
 
-lint: .venv/test
+# The tests that most changes break first, for further versions of Python.
+quick: $(VENV)/test
+	$(BIN)/pytest -n 2 --dist worksteal -q $(QUICK)
+
+# Other people's libraries, with a trainer that brings some sixty packages.
+clients: $(VENV)/clients
+	$(BIN)/pytest -n 2 --dist worksteal -q tests/clients
+
+lint: $(VENV)/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-doctest: .venv/test
+doctest: $(VENV)/test
 	$(BIN)/pytest -q --doctest-modules optax_mp
 
-# The tests with the oldest versions that pyproject.toml allows.
+# The quick tests with the oldest versions that pyproject.toml allows; all of
+# them with `make oldest QUICK=tests`.
 oldest:
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/pip install -q -e '.[test]' -c .ci/oldest.txt
-	.venv-oldest/bin/pytest -n 2 --dist worksteal -q -W ignore::DeprecationWarning
+	.venv-oldest/bin/pytest -n 2 --dist worksteal -q \
+	  -W ignore::DeprecationWarning $(QUICK)
 
 # Everything that stands in the READMEs, but for the demo: hours on a CPU.
-bench: .venv/test
+bench: $(VENV)/test
 	$(BIN)/python benchmarks/bytes.py
 	$(BIN)/python benchmarks/peak.py
 	$(BIN)/python benchmarks/quality.py
@@ -41,7 +59,7 @@ bench: .venv/test
 
 # The numbers in the READMEs, from the results, and from the last demo if there
 # was one.
-readme: .venv/examples
+readme: $(VENV)/examples
 	if test -f demo/demo.json; then \
 	  cp demo/demo.json benchmarks/results/.demo.json && \
 	  mv benchmarks/results/.demo.json benchmarks/results/demo.json; fi
@@ -49,19 +67,23 @@ readme: .venv/examples
 
 # A stamp a set of extras: installed again when pyproject.toml changes. The
 # compilers for TPUs and GPUs need neither device nor driver.
-.venv/examples: pyproject.toml | .venv/pip
+$(VENV)/examples: pyproject.toml | $(VENV)/pip
 	$(BIN)/pip install -q -e '.[examples]'
 	touch $@
 
-.venv/test: pyproject.toml | .venv/pip
+$(VENV)/test: pyproject.toml | $(VENV)/pip
 	$(BIN)/pip install -q -e '.[test,tpu,gpu]'
 	touch $@
 
-.venv/pip:
+$(VENV)/clients: pyproject.toml | $(VENV)/pip
+	$(BIN)/pip install -q -e '.[test,clients]'
+	touch $@
+
+$(VENV)/pip:
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), sys.version'
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip
 	touch $@
 
 clean:
-	rm -rf .venv .venv-oldest demo
+	rm -rf .venv .venv-* demo

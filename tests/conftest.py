@@ -5,7 +5,9 @@ With `TEST_PLATFORM=cuda` (or tpu) they run on what is there; those that need
 eight devices are skipped.
 """
 
+from importlib import metadata
 import os
+import platform
 
 os.environ['JAX_PLATFORMS'] = os.environ.get('TEST_PLATFORM', 'cpu')
 os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=8'
@@ -15,6 +17,19 @@ from jax.sharding import AxisType  # noqa: E402
 import pytest  # noqa: E402
 
 import quick  # noqa: E402
+
+
+_SHOWN = (
+  *('jax', 'jaxlib', 'optax', 'flax', 'chex', 'orbax-checkpoint'),
+  *('equinox', 'dm-haiku', 'google-tunix', 'libtpu', 'jax-cuda12-plugin'),
+)
+
+
+def pytest_report_header():
+  """The versions that a run is of."""
+  found = {x.name: x.version for x in metadata.distributions()}
+  shown = (f'{name} {found[name]}' for name in _SHOWN if name in found)
+  return f'python {platform.python_version()}, {", ".join(shown)}'
 
 
 @pytest.fixture
