@@ -18,18 +18,19 @@ import pytest  # noqa: E402
 
 import quick  # noqa: E402
 
-
 _SHOWN = (
   *('jax', 'jaxlib', 'optax', 'flax', 'chex', 'orbax-checkpoint'),
   *('equinox', 'dm-haiku', 'google-tunix', 'libtpu', 'jax-cuda12-plugin'),
 )
 
 
-def pytest_report_header():
-  """The versions that a run is of."""
+def pytest_terminal_summary(terminalreporter):
+  """The versions that a run is of; a header would not show with `-q`."""
   found = {x.name: x.version for x in metadata.distributions()}
   shown = (f'{name} {found[name]}' for name in _SHOWN if name in found)
-  return f'python {platform.python_version()}, {", ".join(shown)}'
+  terminalreporter.write_line(
+    f'python {platform.python_version()}, {", ".join(shown)}'
+  )
 
 
 @pytest.fixture
