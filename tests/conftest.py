@@ -8,6 +8,7 @@ eight devices are skipped.
 from importlib import metadata
 import os
 import platform
+import zlib
 
 os.environ['JAX_PLATFORMS'] = os.environ.get('TEST_PLATFORM', 'cpu')
 os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=8'
@@ -22,6 +23,26 @@ _SHOWN = (
   *('jax', 'jaxlib', 'optax', 'flax', 'chex', 'orbax-checkpoint'),
   *('equinox', 'dm-haiku', 'google-tunix', 'libtpu', 'jax-cuda12-plugin'),
 )
+
+
+def pytest_addoption(parser):
+  parser.addoption(
+    '--part',
+    default='1/1',
+    metavar='K/N',
+    help='the K-th of N parts of the tests, each with some of every file',
+  )
+
+
+def pytest_collection_modifyitems(config, items):
+  part, parts = map(int, config.getoption('part').split('/'))
+  others = []
+  for item in [*items]:
+    # By name, so that a new test moves no other one to another part.
+    if zlib.crc32(item.nodeid.encode()) % parts != part - 1:
+      items.remove(item)
+      others.append(item)
+  config.hook.pytest_deselected(items=others)
 
 
 def pytest_terminal_summary(terminalreporter):
