@@ -58,9 +58,9 @@ def create(seed: int = SEED) -> State:
     }
     for key, shape in zip(keys, shapes, strict=True)
   ]
-  scale = DynamicScale(
-    growth_interval=50, fin_steps=jnp.int32(0), scale=jnp.float32(2.0**24)
-  )
+  # Arrays from the first step on, so that a step is compiled once.
+  start = {'fin_steps': jnp.int32(0), 'scale': jnp.float32(2.0**24)}
+  scale = DynamicScale(growth_interval=50).replace(**start)
   return State(params, tx.init(params), scale, jnp.int32(0))
 
 
