@@ -57,6 +57,11 @@ readme: .venv/examples
 	$(BIN)/pip install -q -e '.[test,tpu,gpu]'
 	touch $@
 
+# Trainers that bring many packages; without them their tests are skipped.
+.venv/clients: .venv/test
+	$(BIN)/pip install -q -e '.[clients]'
+	touch $@
+
 .venv/pip:
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), sys.version'
 	$(PYTHON) -m venv .venv
