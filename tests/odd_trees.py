@@ -118,7 +118,7 @@ _OFTEN = st.sampled_from((True, True, False))
 @st.composite
 def trees(draw):
   """Parameters, and gradients of the dtypes that programs have for them."""
-  params = draw(_containers(st.recursive(_LEAVES, _containers, max_leaves=4)))
+  params = draw(_containers(st.recursive(_LEAVES, _containers, max_leaves=2)))
   wide, as_floats = draw(st.booleans()), draw(st.booleans())
   keys = jax.random.split(jax.random.key(0), 2)
   keyed = draw(st.integers(0, 5)) == 0
