@@ -7,6 +7,7 @@ a state notes it while the step is traced, and whoever guards the step collects
 the notes.
 """
 
+import abc
 from collections.abc import Callable, Iterator
 import contextlib
 import contextvars
@@ -16,6 +17,10 @@ import jax
 import jax.numpy as jnp
 
 from optax_mp._core import _traces
+
+
+class Noted(abc.ABC):  # noqa: B024, nothing to implement: it is a mark
+  """Marks states that are noted whenever they are made: one note for each."""
 
 
 class Notes:
@@ -67,6 +72,39 @@ def note(new: Any, old: Callable[[], Any]) -> None:
       notes.flags.append(stays(new, old()))
 
 
+def step_is_finite(
+  update: Callable[[Any, Any, Any], tuple[Any, Any]],
+  gradients: Any,
+  state: Any,
+  params: Any,
+) -> jax.Array:
+  """Whether gradients, and all that a step makes of them, stay finite.
+
+  Args:
+    update: ``update(gradients, state, params)``, of a transformation.
+    gradients: of this step.
+    state: before it.
+    params: before it, or None.
+
+  Returns:
+    A flag. What was infinite or NaN before the step does not count.
+  """
+  with collected() as notes:
+    updates, new = update(gradients, state, params)
+  flags = [all_finite(gradients), *notes.flags]
+  if params is None:
+    flags.append(all_finite(updates))
+  else:
+    flags.append(stays(jax.tree.map(_sum, params, updates), params))
+  nodes = jax.tree.leaves(new, is_leaf=_is_noted)
+  before = jax.tree.structure(new, is_leaf=_is_noted).flatten_up_to(state)
+  seen = len(notes.flags) >= sum(map(_is_noted, nodes))
+  for x, y in zip(nodes, before, strict=True):
+    if not (seen and _is_noted(x)):
+      flags.append(stays(x, y))
+  return every(flags)
+
+
 def stays(new: Any, old: Any) -> jax.Array:
   """True unless a float was finite in ``old`` and is not in ``new``."""
   flags = [
@@ -98,3 +136,15 @@ def _wide(x: Any) -> jax.Array:
   """In float32 where it has fewer bits: fp8 has no test of its own."""
   x = jnp.asarray(x)
   return x.astype(jnp.float32) if x.dtype.itemsize < 4 else x
+
+
+def _is_noted(x: Any) -> bool:
+  return isinstance(x, Noted)
+
+
+def _sum(param: Any, update: Any) -> Any:
+  """As ``optax.apply_updates`` adds; what is no float does not matter."""
+  if not (is_float(param) and is_float(update)):
+    return param
+  with jax.numpy_dtype_promotion('standard'):
+    return jnp.asarray(param + update).astype(jnp.asarray(param).dtype)

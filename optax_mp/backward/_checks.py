@@ -6,10 +6,10 @@ import numbers
 from typing import Any
 
 import jax
-from jax.extend import core
 import jax.numpy as jnp
 import optax
 
+from optax_mp._core import _traces
 from optax_mp.formats import _base
 from optax_mp.formats import _paths
 
@@ -159,21 +159,13 @@ def called(blocks: dict[str, Any]) -> None:
       )
 
 
-def trace() -> Any:
-  """What is traced now, to be compared with what is traced elsewhere."""
-  # JAX 0.9 has it in `jax.core` alone, where later ones deprecate it.
-  name = 'get_opaque_trace_state'
-  module = core if hasattr(core, name) else getattr(jax, 'core')  # noqa: B009
-  return getattr(module, name)(convention='nnx')
-
-
 def called_directly(expected: Any) -> None:
   """Raises a ValueError in a trace inside that of ``loss_fn``.
 
   What such a call returns is differentiated elsewhere and perhaps more than
   once, so layers would silently not be updated, or updated twice.
   """
-  if trace() != expected:
+  if _traces.current() != expected:
     raise ValueError(
       '`loss_fn` must call `blocks(h, ...)` itself; got a call inside a `jit`, '
       '`checkpoint`, `scan`, `cond` or `vmap` within it. Leave that around '

@@ -176,9 +176,11 @@ def fused_step(
       second backward pass; the first one only adds up squares. 'previous': by
       the norm of the last step, ``state.last_norm``, in one pass; the first
       step is not clipped.
-    skip_nonfinite: if any gradient is not finite, everything but
-      ``state.total_notfinite`` stays as it is, bit for bit, counts, too.
-      Takes the pass that 'exact' takes, once for both.
+    skip_nonfinite: if any gradient is not finite, or would make a parameter or
+      a state infinite or NaN, everything but ``state.total_notfinite`` stays as
+      it is, bit for bit, counts, too. Takes the pass that 'exact' takes, once
+      for both; with 'exact' the norm stands for parameters and states, since
+      what is clipped by it is not known in that pass.
     has_aux: ``loss_fn`` returns ``(loss, aux)``, and so does the step.
     policy: of ``jax.checkpoint``, for what a layer keeps while it is
       differentiated; None: what it needs.

@@ -2,6 +2,7 @@
 """What is done to the gradient of one layer before and in its update."""
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import chex
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optax_mp._core import _finite
 from optax_mp.backward import _checks
 
 
@@ -17,6 +19,7 @@ class Wanted(NamedTuple):
 
   norm: bool
   finite: bool
+  state: bool  # whether what the update makes of them is finite, too
 
 
 class Sums(NamedTuple):
@@ -68,9 +71,7 @@ class Update:
     Returns:
       Both, of the same shapes and dtypes.
     """
-    gradients = jax.tree.map(
-      lambda g: self._clipped(self._unscaled(g, control), control), gradients
-    )
+    gradients = self._prepared(gradients, control)
     updates, new_state = self.tx.update(gradients, state, params, **extra)
     _checks.same_state(new_state, state)
     new_params = optax.apply_updates(params, updates)
@@ -81,6 +82,19 @@ class Update:
       lambda new, old: jnp.where(control.finite > 0, new, old),
       (new_params, new_state),
       (params, state),
+    )
+
+  def is_finite(
+    self, params: Any, state: Any, gradients: Any, control: Control, **extra
+  ) -> chex.Array:
+    """Whether the update leaves all finite that was; the same arguments."""
+    gradients = self._prepared(gradients, control)
+    update = functools.partial(self.tx.update, **extra)
+    return _finite.step_is_finite(update, gradients, state, params)
+
+  def _prepared(self, gradients: Any, control: Control) -> Any:
+    return jax.tree.map(
+      lambda g: self._clipped(self._unscaled(g, control), control), gradients
     )
 
   def _unscaled(self, gradient: chex.Array, control: Control) -> chex.Array:

@@ -80,13 +80,20 @@ class FusedBlocks(_walk.Blocks):
 
   def _summed(self, layer, saved, cotangent, control, wanted):
     """Adds up what is wanted of the gradients, one layer at a time."""
-    del control
     seen = _walk.unseen()
-    stack = jax.tree.map(lambda ref: ref[...], self.refs[0])
+    stack, states = jax.tree.map(lambda ref: ref[...], self.refs)
 
     def visit(sums, i, gradients_of):
-      own = gradients_of(seen(_parts.at(stack, i)))
-      return _gradients.summed(own, sums, wanted)
+      params = seen(_parts.at(stack, i))
+      own = gradients_of(params)
+      sums = _gradients.summed(own, sums, wanted)
+      if not wanted.state:
+        return sums
+      finite = self.update.is_finite(
+        params, _parts.at(states, i), own, control, layer=self._number(i)
+      )
+      bad = jnp.where(finite, 0.0, 1.0)
+      return sums._replace(not_finite=sums.not_finite + bad)
 
     start = _gradients.Sums.zeros()
     return _walk.backward(layer, self.length, saved, cotangent, visit, start)
@@ -123,12 +130,15 @@ class FusedBlocks(_walk.Blocks):
     all layers of them. It does not fuse what is in a branch, and does not know
     that there is only one.
     """
-    number = (self.first + i).astype(jnp.uint32)
 
     def update(*args):
-      return self.update(*args, layer=number)
+      return self.update(*args, layer=self._number(i))
 
     def in_branch(*args):
       return lax.cond(i >= 0, update, lambda *args: args[:2], *args)
 
     return lax.platform_dependent(*args, cpu=in_branch, default=update)
+
+  def _number(self, i):
+    """Of layer ``i`` among those of all stacks."""
+    return (self.first + i).astype(jnp.uint32)

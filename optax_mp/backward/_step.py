@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optax_mp._core import _barriers
+from optax_mp._core import _traces
 from optax_mp.backward import _checks
 from optax_mp.backward import _gradients
 from optax_mp.backward import _parts
@@ -37,12 +39,14 @@ class Options(NamedTuple):
   def measured(self) -> _gradients.Wanted:
     """What must be known of all gradients before the first update."""
     norm = self.update.max_norm is not None and not self.previous
-    return _gradients.Wanted(norm, self.update.guarded)
+    # A gradient that is clipped to a norm not known yet makes no state yet.
+    ahead = self.update.guarded and not norm
+    return _gradients.Wanted(norm, self.update.guarded, ahead)
 
   @property
   def noted(self) -> _gradients.Wanted:
     """What the pass that updates sums up for the next step."""
-    return _gradients.Wanted(self.previous, False)
+    return _gradients.Wanted(self.previous, False, False)
 
 
 class Backward:
@@ -53,7 +57,7 @@ class Backward:
     self.scale = jnp.asarray(1.0 if scale is None else scale, jnp.float32)
 
     def run(rest, sums):
-      here = _checks.trace()
+      here = _traces.current()
       for each in blocks.values():
         each.sums, each.trace = sums, here
       # Methods alone: parameters are not for `loss_fn`, which would see them
@@ -68,9 +72,12 @@ class Backward:
       run, rest, _gradients.Sums.zeros(), has_aux=True
     )
 
-  def measure(self) -> tuple[Any, chex.Array, chex.Array]:
-    """Gradients of the rest, norm of all, and whether all are finite."""
-    return self._pass(_gradients.Control.zeros(), self.options.measured)
+  def measure(
+    self, norm: chex.Array
+  ) -> tuple[Any, chex.Array, chex.Array, _gradients.Control]:
+    """Gradients of the rest, norm of all, whether all are finite, control."""
+    control = _gradients.Control(self.scale, norm, jnp.ones((), jnp.float32))
+    return *self._pass(control, self.options.measured), control
 
   def update(self, norm, finite) -> tuple[Any, chex.Array, _gradients.Control]:
     """Updates all layers -> gradients of the rest, norm of all, control."""
@@ -155,8 +162,13 @@ def take(
   norm, finite = state.last_norm, jnp.ones((), jnp.bool)
   gradients = None
   if any(options.measured):
-    gradients, measured, finite = backward.measure()
-    norm = measured if options.measured.norm else norm
+    gradients, measured, finite, control = backward.measure(norm)
+    if options.measured.norm:
+      norm, finite = measured, finite & jnp.isfinite(measured)
+    if options.measured.state:
+      finite &= options.update.is_finite(
+        *_barriers.told_apart((rest, state.rest)), gradients, control
+      )
   again, noted, control = backward.update(norm, finite)
   # Those of the first pass are the same, and with them nobody needs these.
   gradients = again if gradients is None else gradients

@@ -18,7 +18,9 @@ import jax.numpy as jnp
 
 from optax_mp.formats import _paths
 
-_FREEZE = 'Freeze it with `optax.partition`, or train the other leaves alone.'
+_FREEZE = (
+  'Freeze such leaves with `optax.partition`, or train the other ones alone.'
+)
 
 
 def checked(tree: Any, argument: str, trains_all: bool = False) -> Any:
@@ -105,7 +107,9 @@ def check_shapes(updates: Any, params: Any) -> None:
 
 
 @contextlib.contextmanager
-def named_on_failure(tree: Any, argument: str) -> Iterator[None]:
+def named_on_failure(
+  tree: Any, argument: str, nones: bool = False
+) -> Iterator[None]:
   """Within it, what an optimizer raises names the unusual leaves of a tree.
 
   Optax's Muon divides by the sides of an empty matrix, Adam takes the dtype of
@@ -114,13 +118,14 @@ def named_on_failure(tree: Any, argument: str) -> Iterator[None]:
   Args:
     tree: the parameters or gradients that the optimizer was given.
     argument: the caller's name for them.
+    nones: whether a None among them is unusual, too.
   """
   try:
     yield
   except jax.errors.JAXTypeError:  # of a value that is not known while tracing
     raise
   except Exception as error:
-    unusual = _unusual(tree)
+    unusual = _unusual(tree, nones)
     if not unusual or str(error).startswith('`'):  # or named already
       raise
     reason = str(error).splitlines()[0][:200] if str(error) else ''
@@ -141,12 +146,13 @@ def cast_like(state: Any, like: Any) -> Any:
     state: what an inner transformation returned.
     like: what its ``init`` returned, or the shapes and dtypes of that.
   """
-  leaves, treedef = jax.tree.flatten(like)
-  cast = [
-    x if x.dtype == old.dtype or is_key(old) else x.astype(old.dtype)
-    for x, old in zip(treedef.flatten_up_to(state), leaves, strict=True)
-  ]
-  return treedef.unflatten(cast)
+
+  def cast(x, old):
+    return x if x.dtype == old.dtype or is_key(old) else x.astype(old.dtype)
+
+  if jax.tree.structure(state) != jax.tree.structure(like):
+    return state  # of a transformation that is no state machine
+  return jax.tree.map(cast, state, like)
 
 
 def is_float(x: Any) -> bool:
@@ -172,9 +178,10 @@ def _is_array(x: Any) -> bool:
     return False
 
 
-def _unusual(tree: Any) -> list[str]:
+def _unusual(tree: Any, nones: bool) -> list[str]:
   """Leaves that optimizers may not have been written for, in words."""
-  nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_none)
+  is_leaf = _is_none if nones else None
+  nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
   return [
     f'{_paths.path_str(path)!r} ({what})'
     for path, x in nodes

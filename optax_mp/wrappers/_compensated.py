@@ -145,6 +145,7 @@ def compensated(
         treedef.unflatten(weights),
         **extra_args,
       )
+    inner_state = _leaves.cast_like(inner_state, state.inner_state)
     layer = extra_args.get('layer')
     now = _common.noise_key(seed, state.noise_count, layer)
     pairs = [

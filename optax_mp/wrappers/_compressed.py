@@ -23,6 +23,7 @@ from optax_mp.wrappers import _common
 from optax_mp.wrappers import _passes
 
 
+@_finite.Noted.register
 class CompressedState(NamedTuple):
   """The inner state, its leaves stored as the rule says."""
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Steps that would make something infinite or NaN are not taken."""
 
-from collections.abc import Iterator
+import functools
 from typing import Any, NamedTuple
 
 import chex
@@ -9,11 +9,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optax_mp._core import _barriers
 from optax_mp._core import _finite
 from optax_mp.formats import _base
 from optax_mp.wrappers import _common
-from optax_mp.wrappers import _compressed
-from optax_mp.wrappers import _passes
 
 
 class SkipNonfiniteState(NamedTuple):
@@ -86,7 +85,13 @@ def skip_nonfinite(
   def update_fn(updates, state, params=None, **extra_args):
     _common.check_state(state, SkipNonfiniteState)
     consecutive, _, total, old = state
-    finite = _finite.every(list(_flags(tx, updates, old, params, extra_args)))
+    # A step of its own, of which nothing but a flag is left: a compiler that
+    # knew it to be the one that is taken would keep all of it until then.
+    finite = _finite.step_is_finite(
+      functools.partial(tx.update, **extra_args),
+      updates,
+      *_barriers.told_apart((old, params)),
+    )
     consecutive = jnp.where(finite, 0, optax.safe_increment(consecutive))
     total = jnp.where(finite, total, optax.safe_increment(total))
     taken = finite
@@ -99,41 +104,6 @@ def skip_nonfinite(
     return new_updates, SkipNonfiniteState(consecutive, finite, total, new)
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _flags(
-  tx: Any, updates: Any, old: Any, params: Any, extra_args: Any
-) -> Iterator[jax.Array]:
-  """Whether gradients and all that a step makes of them are finite."""
-  # A step of its own, of which nothing but flags is left: a compiler that knew
-  # it to be the one that is taken would keep all of it until they are known.
-  old, apart = jax.tree.map(_passes.told_apart, (old, params))
-  with _finite.collected() as notes:
-    new_updates, new = tx.update(updates, old, apart, **extra_args)
-  yield _finite.all_finite(updates)
-  if params is None:
-    yield _finite.all_finite(new_updates)
-  else:
-    yield _finite.stays(jax.tree.map(_sum, apart, new_updates), apart)
-  yield from notes.flags
-  nodes = jax.tree.leaves(new, is_leaf=_is_compressed)
-  before = jax.tree.structure(new, is_leaf=_is_compressed).flatten_up_to(old)
-  noted = len(notes.flags) >= sum(map(_is_compressed, nodes))
-  for x, y in zip(nodes, before, strict=True):
-    if not (noted and _is_compressed(x)):
-      yield _finite.stays(x, y)
-
-
-def _is_compressed(x: Any) -> bool:
-  return isinstance(x, _compressed.CompressedState)
-
-
-def _sum(param: Any, update: Any) -> Any:
-  """As ``optax.apply_updates`` adds; what is no float does not matter."""
-  if not (_finite.is_float(param) and _finite.is_float(update)):
-    return param
-  with jax.numpy_dtype_promotion('standard'):
-    return jnp.asarray(param + update).astype(jnp.asarray(param).dtype)
 
 
 def _or_nothing(taken: jax.Array, update: Any) -> Any:

@@ -5,9 +5,8 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax import lax
-import jax.numpy as jnp
 
+from optax_mp._core import _barriers
 from optax_mp.formats import _fitted
 from optax_mp.formats import _tree
 
@@ -44,22 +43,11 @@ def _recomputed(stored: Any, like: Any) -> Any:
   computes them for each of its results anyway.
   """
 
-  def parts_told_apart(leaf, parts):
+  def told_apart(leaf, parts):
     return jax.tree.map(
-      lambda x: told_apart(x) if x.shape == leaf.shape else x, parts
+      lambda x: _barriers.told_apart(x) if x.shape == leaf.shape else x, parts
     )
 
   leaves, treedef = jax.tree.flatten(like)
   found = _tree.flatten_state(treedef, stored)
-  return treedef.unflatten(map(parts_told_apart, leaves, found))
-
-
-def told_apart(x: Any) -> Any:
-  """An array, of which XLA does not know that it is the same; but XLA:CPU."""
-  if not isinstance(x, jax.Array) or jnp.issubdtype(
-    x.dtype, jax.dtypes.extended
-  ):
-    return x
-  return lax.platform_dependent(
-    x, cpu=lambda x: x, default=lax.optimization_barrier
-  )
+  return treedef.unflatten(map(told_apart, leaves, found))

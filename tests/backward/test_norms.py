@@ -74,10 +74,20 @@ def test_previous_clips_by_the_norm_of_the_last_step():
 
 
 @pytest.mark.parametrize(
-  'bad, options', [(np.nan, {}), (-np.inf, {'max_norm': NORM})]
+  'bad, options',
+  [
+    (np.nan, {}),
+    (-np.inf, {'max_norm': NORM}),
+    (1e20, {}),
+    (1e20, {'max_norm': NORM}),  # an infinite norm would clip all to 0
+    (1e20, {'max_norm': 1e30, 'norm_mode': 'previous'}),
+  ],
 )
 def test_a_gradient_that_is_not_finite_changes_nothing(bad, options):
-  """Exact: one number of one layer is enough, and the next step goes on."""
+  """Exact: one number of one layer is enough, and the next step goes on.
+
+  1e20 is finite in bfloat16, and the average of its square is not.
+  """
 
   @jax.custom_vjp
   def spoil(w, how):
@@ -129,6 +139,25 @@ def test_a_gradient_of_the_rest_that_is_not_finite_changes_nothing():
   assert np.isfinite(loss)
   skipped = carry[2]._replace(total_notfinite=carry[2].total_notfinite + 1)
   chex.assert_trees_all_equal(tuple(after), (*carry[:2], skipped))
+
+
+def test_a_state_of_the_rest_that_overflows_changes_nothing():
+  """Exact: of gradients that are finite."""
+
+  def loss_fn(rest, blocks, x, y, slope):
+    return stacks.loss_fn(rest, blocks, x, y) + slope * jnp.sum(rest['out'])
+
+  step = backward.fused_step(
+    loss_fn, stacks.block_fn, adamw(), skip_nonfinite=True
+  )
+  carry, model = start(step)
+  train = quick.jit(step)
+  *after, loss = train(*carry, *model.batch, 1e20)
+  assert np.isfinite(loss)
+  skipped = carry[2]._replace(total_notfinite=carry[2].total_notfinite + 1)
+  chex.assert_trees_all_equal(tuple(after), (*carry[:2], skipped))
+  *after, _ = train(*carry, *model.batch, 1.0)
+  assert not after[2].total_notfinite
 
 
 def test_a_norm_that_is_not_finite_is_not_kept():

@@ -53,7 +53,7 @@ def in_float32(
     if params is not None:
       _leaves.check_shapes(updates, params)
       wide = optax.tree.cast(params, jnp.float32)
-    with _leaves.named_on_failure(updates, 'updates'):
+    with _leaves.named_on_failure(updates, 'updates', params is None):
       new_updates, state = inner.update(
         optax.tree.cast(updates, jnp.float32), state, wide, **extra_args
       )
