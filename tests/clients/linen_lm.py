@@ -113,5 +113,7 @@ def train(make, dtype, seed=0, mesh=None, boxes=False):
     losses = []
     for words in data.sentences(STEPS, seed):
       state, loss = step(state, words)
-      losses.append(loss)
+      # Awaited: eight devices on a few cores may not run ahead, since steps
+      # that wait for one another would take all threads.
+      losses.append(float(loss))
   return losses, state.params
