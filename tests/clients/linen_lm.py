@@ -93,7 +93,7 @@ def train(make, dtype, seed=0, mesh=None, boxes=False):
     (2, 4), ('data', 'model'), axis_types=(jax.sharding.AxisType.Auto,) * 2
   )
   model, key = Model(), jax.random.key(seed)
-  with mesh, nn.logical_axis_rules(RULES):
+  with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
     state, shardings = sharded(model, make(RATE), dtype, key, mesh)
     state = state if boxes else unbox(state)
     place = jax.sharding.NamedSharding(mesh, jax.P('data'))
