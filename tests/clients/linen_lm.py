@@ -93,7 +93,7 @@ def train(make, dtype, seed=0, mesh=None, boxes=False):
     (2, 4), ('data', 'model'), axis_types=(jax.sharding.AxisType.Auto,) * 2
   )
   model, key = Model(), jax.random.key(seed)
-  with mesh, nn.logical_axis_rules(RULES):
+  with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
     state, shardings = sharded(model, make(RATE), dtype, key, mesh)
     state = state if boxes else unbox(state)
     place = jax.sharding.NamedSharding(mesh, jax.P('data'))
@@ -113,5 +113,7 @@ def train(make, dtype, seed=0, mesh=None, boxes=False):
     losses = []
     for words in data.sentences(STEPS, seed):
       state, loss = step(state, words)
-      losses.append(loss)
+      # Awaited: eight devices on a few cores may not run ahead, since steps
+      # that wait for one another would take all threads.
+      losses.append(float(loss))
   return losses, state.params

@@ -40,9 +40,8 @@ def clients():
     'Equinox': equinox_mlp.train,
     'Haiku': haiku_cnn.train,
     'NNX': nnx_lm.train,
-    'NNX, LoRA': nnx_lm.train_lora,
     'Linen, 8 devices': linen_lm.train,
-    'PeftTrainer': tunix_peft.train,
+    'PeftTrainer, LoRA': tunix_peft.train,
   }
 
 
