@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec
 import optax
 
 from optax_mp._core import _boxes
+from optax_mp.formats import _leaves
 from optax_mp.formats import _paths
 
 
@@ -52,6 +53,7 @@ def state_shardings(
     >>> print(mu.codes.spec == mu.scales.spec == P('d', None))
     True
   """
+  params = _leaves.checked(params, 'params')
   bare = _boxes.unbox(params)
   places = _places(_boxes.unbox(shardings), bare)
   state = jax.eval_shape(tx.init, params)

@@ -5,6 +5,7 @@ import dataclasses
 from typing import Any
 
 import chex
+import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -156,6 +157,62 @@ def test_python_numbers_and_numpy_arrays_outside_of_jit(name):
   updates, state = tx.update({**params, 'int': 0}, state, params)
   assert optax.apply_updates(params, updates)['number'] < 1.5
   assert optax_mp.memory.plan(tx, params).num_params == 17
+
+
+@pytest.mark.parametrize('name', ['adamw_8bit', 'compressed', 'came'])
+def test_python_numbers_and_numpy_arrays_elsewhere(name):
+  """Shardings and checkpoints of such a tree are those of the same arrays."""
+  params = {'number': 1.5, 'wide': np.ones((3, 5)), 'int': 2, 'none': None}
+  arrays = jax.tree.map(jnp.asarray, params)
+  tx = PAIRS[name][0]()
+  here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  chex.assert_trees_all_equal_structs(
+    *(optax_mp.state_shardings(tx, p, here) for p in (params, arrays))
+  )
+  state = tx.init(params)
+  chex.assert_trees_all_equal(state, tx.init(arrays))
+  checkpoint = optax_mp.checkpoint
+  whole = checkpoint.to_float32(params, state)
+  chex.assert_trees_all_equal(whole, checkpoint.to_float32(arrays, state))
+  chex.assert_trees_all_equal(
+    *(checkpoint.from_float32(tx, p, jnp.float32) for p in (params, arrays))
+  )
+  chex.assert_trees_all_equal(
+    *(checkpoint.convert(tx, tx, state, p) for p in (params, arrays))
+  )
+
+
+@pytest.mark.parametrize('name', PAIRS)
+@pytest.mark.parametrize('keyed', [False, True], ids=['', 'key'])
+def test_checkpoints_have_a_place_for_each(name, keyed):
+  """Whatever way a state takes, it comes back in the same shapes."""
+  params, tx = PARAMS, PAIRS[name][0]()
+  if keyed:
+    params, tx = {**PARAMS, 'key': KEY}, odd_trees.frozen(tx)
+  checkpoint = optax_mp.checkpoint
+
+  def ways():
+    state = tx.init(params)
+    plain = checkpoint.to_optax(tx, state, params)
+    dicts = flax.serialization.to_state_dict(state)
+    return state, [
+      checkpoint.from_optax(tx, plain, params),
+      checkpoint.convert(tx, tx, state, params)[1],
+      checkpoint.rebuild(tx, params, dicts),
+    ]
+
+  state, others = jax.eval_shape(ways)
+  for other in others:
+    chex.assert_trees_all_equal_shapes_and_dtypes(other, state)
+
+
+@pytest.mark.parametrize('name', ['adamw_8bit', 'galore'])
+def test_arrays_of_an_unusual_tree(name):
+  tx = PAIRS[name][0]()
+  state = tx.init(PARAMS)
+  arrays = optax_mp.checkpoint.to_arrays(state)
+  back = optax_mp.checkpoint.from_arrays(tx, PARAMS, arrays)
+  chex.assert_trees_all_equal(back, state)
 
 
 @pytest.mark.parametrize('name', PAIRS)

@@ -12,6 +12,7 @@ import optax
 from optax_mp._core import _boxes
 from optax_mp.checkpoint import _dtypes
 from optax_mp.formats import _boxed
+from optax_mp.formats import _leaves
 from optax_mp.formats import _paths
 from optax_mp.wrappers import _compensated
 from optax_mp.wrappers import _residual
@@ -48,6 +49,7 @@ def to_float32(params: optax.Params, state: optax.OptState) -> optax.Params:
       '`params` must be the parameters; got an optimizer state. Call '
       '`to_float32(params, state)`.'
     )
+  params = _leaves.checked(params, 'params')
   weights = masters(_boxes.unbox(params), _boxes.unbox(state))
   return _boxes.box_like(params, weights)
 
@@ -100,6 +102,7 @@ def from_float32(
     >>> print(params['w'], optax_mp.checkpoint.to_float32(params, state)['w'])
     [0.100098 0.200195] [0.1 0.2]
   """
+  params32 = _leaves.checked(params32, 'params32')
   weights = _boxes.unbox(params32)
   dtypes = _dtypes.leaf_dtypes(weights, _boxes.unbox(dtype))
   params, state = jax.jit(lambda w: _start(tx, w, dtypes))(weights)

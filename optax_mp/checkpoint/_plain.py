@@ -50,7 +50,7 @@ class Leaf:
     """Whether ``format`` would store the array just as it is stored."""
     return bool(
       self.format
-      and self.like
+      and self.like is not None
       and _names.name_of(self.format) == _names.name_of(format)
       and (self.like.shape, self.like.dtype) == (like.shape, like.dtype)
     )

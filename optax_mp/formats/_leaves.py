@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from optax_mp.formats import _paths
 
@@ -40,7 +41,11 @@ def checked(tree: Any, argument: str, trains_all: bool = False) -> Any:
           f'`{argument}` has {_text(x)} at {_paths.path_str(path)!r}, got an '
           f'optimizer that trains all leaves. {_FREEZE}'
         )
-      return x
+      # As JAX would keep it: NumPy's float64 is float32 there.
+      is_wide = isinstance(x, (np.ndarray, np.generic)) and (
+        x.dtype != jax.dtypes.canonicalize_dtype(x.dtype)
+      )
+      return jnp.asarray(x) if is_wide else x
     if isinstance(x, numbers.Number):
       return jnp.asarray(x)
     raise ValueError(
