@@ -77,6 +77,7 @@ def test_no_parameter_is_lost(name):
 
 @pytest.mark.parametrize('name', tables.FORMATS)
 def test_what_fits_is_no_reason_to_skip(name):
-  """kind: exact. Float32 Adam takes that step, too."""
+  """kind: exact. Float32 Adam takes that step; float16 cannot store it."""
   assert lost(plain(), POSITIONS[1], FITS) == (0, 0)
-  assert lost(stored(name), POSITIONS[1], FITS)[1] == 0
+  skipped = tables.FORMATS[name].high < 1e5
+  assert lost(stored(name), POSITIONS[1], FITS)[1] == skipped
