@@ -166,9 +166,8 @@ def take(
     if options.measured.norm:
       norm, finite = measured, finite & jnp.isfinite(measured)
     if options.measured.state:
-      finite &= options.update.is_finite(
-        *_barriers.told_apart((rest, state.rest)), gradients, control
-      )
+      apart, rest_state = _barriers.told_apart((rest, state.rest))
+      finite &= options.update.is_finite(apart, rest_state, gradients, control)
   again, noted, control = backward.update(norm, finite)
   # Those of the first pass are the same, and with them nobody needs these.
   gradients = again if gradients is None else gradients

@@ -72,6 +72,15 @@ def checked(
   return optax.with_extra_args_support(inner), int(seed)
 
 
+def check_min_size(min_size: Any) -> None:
+  """Raises a ValueError unless it is a number of values."""
+  _base.check_static(min_size, 'min_size')
+  if not _base.is_integer(min_size) or min_size < 0:
+    raise ValueError(
+      f'`min_size` must be an integer, 0 or more; got {min_size!r}.'
+    )
+
+
 def check_state(state: Any, expected: type[Any]) -> None:
   """Raises a ValueError unless ``state`` is the wrapper's own."""
   if not isinstance(state, expected):

@@ -121,7 +121,7 @@ def keep_compressed(
     A transformation.
   """
   _rule.check_rule(rule)
-  _check_min_size(min_size)
+  _common.check_min_size(min_size)
   inner, seed = _common.checked(inner, seed)
 
   def choices(like, params):
@@ -246,11 +246,3 @@ def _check_wide(like: Any, chosen: list[Any]) -> None:
         'float32: the format takes its place. A parameter of fewer than 16 '
         'bits is for inference: train it in bfloat16.'
       )
-
-
-def _check_min_size(min_size: Any) -> None:
-  _base.check_static(min_size, 'min_size')
-  if not _base.is_integer(min_size) or min_size < 0:
-    raise ValueError(
-      f'`min_size` must be an integer, 0 or more; got {min_size!r}.'
-    )
