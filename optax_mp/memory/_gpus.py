@@ -52,8 +52,8 @@ class Gpu(_target.Target):
       return ''
     return (
       f'{self.device} has no units for bfloat16: XLA converts both operands of '
-      'a product to float32, which is slow and takes memory. Compute in float16 '
-      'there, with a scaled loss (`examples/float16_loss_scale.py`).'
+      'a product to float32, which is slow and takes memory. Compute in '
+      'float16 there, with a scaled loss (`examples/float16_loss_scale.py`).'
     )
 
   def _config(self) -> str:
