@@ -164,10 +164,12 @@ def take(
   if any(options.measured):
     gradients, measured, finite, control = backward.measure(norm)
     if options.measured.norm:
-      norm, finite = measured, finite & jnp.isfinite(measured)
+      norm = measured
+      finite = jnp.logical_and(finite, jnp.isfinite(measured))
     if options.measured.state:
       apart, rest_state = _barriers.told_apart((rest, state.rest))
-      finite &= options.update.is_finite(apart, rest_state, gradients, control)
+      stays = options.update.is_finite(apart, rest_state, gradients, control)
+      finite = jnp.logical_and(finite, stays)
   again, noted, control = backward.update(norm, finite)
   # Those of the first pass are the same, and with them nobody needs these.
   gradients = again if gradients is None else gradients
