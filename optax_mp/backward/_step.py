@@ -167,7 +167,8 @@ def take(
       norm, finite = measured, finite & jnp.isfinite(measured)
     if options.measured.state:
       apart, rest_state = _barriers.told_apart((rest, state.rest))
-      finite &= options.update.is_finite(apart, rest_state, gradients, control)
+      own = options.update.is_finite(apart, rest_state, gradients, control)
+      finite = jnp.logical_and(finite, own)
   again, noted, control = backward.update(norm, finite)
   # Those of the first pass are the same, and with them nobody needs these.
   gradients = again if gradients is None else gradients
