@@ -155,13 +155,10 @@ def compensated(
       )
     ]
     new_updates = treedef.unflatten(update for update, _ in pairs)
-    residual = treedef.unflatten(residual for _, residual in pairs)
-    new_updates, residual = _conditional.as_asked_for(
-      updates, params, new_updates, residual
-    )
+    new_updates = _conditional.as_asked_for(updates, params, new_updates)
     residual = treedef.unflatten(
       _containers.contained(new, old)
-      for new, old in zip(treedef.flatten_up_to(residual), given, strict=True)
+      for (_, new), old in zip(pairs, given, strict=True)
     )
     count = state.noise_count + 1
     return new_updates, CompensatedState(inner_state, residual, count)

@@ -9,90 +9,57 @@ they ask for a 16-bit update, where ``compensated`` has float32.
 The difference of two 16-bit parameters has 16 bits where one is at most twice
 the other. Elsewhere, where weights more than halve or double in a step, the sum
 may miss the new parameter, by half a bit of the update: as much as the gradient
-was rounded by. The weight is then the parameter that it lands on.
+was rounded by. What is in the state is then the residual of where it lands.
 """
 
 import functools
 import sys
 from typing import Any
 
-import chex
 import jax
-from jax import lax
 import jax.numpy as jnp
 import optax
 
 from optax_mp.formats import _paths
-from optax_mp.wrappers import _common
 from optax_mp.wrappers import _residual
 
-_HALVES = (jnp.bfloat16, jnp.float16)
 
-
-def as_asked_for(
-  gradients: Any, params: Any, updates: Any, residual: Any
-) -> tuple[Any, Any]:
-  """Updates, and residuals that fit them, for whoever asked for the step.
+def as_asked_for(gradients: Any, params: Any, updates: Any) -> Any:
+  """Updates in the dtypes that whoever asked for the step can take.
 
   Args:
     gradients: as they came.
     params: 16-bit ones, or float32.
     updates: in float32; ``optax.apply_updates`` lands on new parameters.
-    residual: of those.
 
   Returns:
-    The last two; updates in the dtypes of the gradients if one of Optax's
-    conditional wrappers calls.
+    The last; in the dtypes of the gradients if one of Optax's conditional
+    wrappers calls.
 
   Raises:
     ValueError: if it does, and a gradient has fewer bits than its parameter.
   """
   if not _in_a_branch():
-    return updates, residual
-  pairs, treedef = jax.tree_util.tree_flatten_with_path(params)
-  rows = zip(
-    pairs,
-    *(treedef.flatten_up_to(x) for x in (gradients, updates, residual)),
-    strict=True,
-  )
-  done = [_leaf(path, p, g, u, e) for (path, p), g, u, e in rows]
-  return tuple(treedef.unflatten(column) for column in zip(*done, strict=True))
+    return updates
+  return jax.tree_util.tree_map_with_path(_leaf, params, gradients, updates)
 
 
-def _leaf(path: Any, param: Any, gradient: Any, update: Any, residual: Any):
+def _leaf(path: Any, param: Any, gradient: Any, update: Any) -> Any:
   dtype = gradient.dtype
-  if dtype == update.dtype or dtype not in _HALVES:
-    return update, residual
+  if dtype == update.dtype or dtype not in (jnp.bfloat16, jnp.float16):
+    return update
   if dtype != param.dtype:
     raise ValueError(
       '`updates` must have the dtypes of the parameters inside of conditional '
       f'wrappers of Optax; got {dtype} for {param.dtype} at '
-      f'{_paths.path_str(path)!r}. '
-      'Cast the gradients to float32 before, or take '
-      '`optax_mp.skip_nonfinite`, which needs no branch, in place of '
+      f'{_paths.path_str(path)!r}. Cast the gradients to float32 before, or '
+      'take `optax_mp.skip_nonfinite`, which needs no branch, in place of '
       '`optax.apply_if_finite`.'
     )
-  return _halved(param, update, residual)
-
-
-@jax.jit
-def _halved(
-  param: chex.Array, update: chex.Array, residual: Any
-) -> tuple[jax.Array, Any]:
-  """The update in 16 bits, the residual where it lands on the parameter."""
   # Rounds by integers: no compiler takes the result for the float32 it was.
-  format = _residual.format_of(param.dtype, 0, 'nearest')
+  format = _residual.format_of(dtype, 0, 'nearest')
   assert format is not None
-  wide = _common.widen(param)
-  half = format.encode(update)
-  target, landed = (
-    lax.bitcast_convert_type(format.encode(wide + u), jnp.uint16)
-    for u in (update, _common.widen(half))
-  )
-  residual = jax.tree.map(
-    lambda error: jnp.where(landed == target, error, 0), residual
-  )
-  return half, residual
+  return format.encode(update)
 
 
 def _in_a_branch() -> bool:

@@ -442,7 +442,7 @@ def test_in_a_branch(name, bits, dtype):
 
 
 def test_lands_where_it_says():
-  """The parameter that Optax adds up is the one that the residual is of."""
+  """The parameter that Optax adds up, and its residual, make the weight."""
   rng = np.random.default_rng(0)
   start = jnp.asarray(rng.normal(size=4096) * 10.0 ** rng.integers(-3, 1, 4096))
   start = start.astype(BF16)
@@ -452,8 +452,8 @@ def test_lands_where_it_says():
   found = np.asarray(checkpoint.to_float32(new, state.inner_state), np.float64)
   exact = np.asarray(start, np.float64) - np.asarray(gradients, np.float64)
   old = np.asarray(start, np.float64)
-  # kind: derived. Half a bit of the update, of 8 bits; and one of the weight,
-  # which is rounded before and after.
+  # kind: derived. Half a bit of the update, of 8 bits, and half a one of the
+  # weight that it lands on, or, where that has a binade more, of the next.
   bound = 2**-8 * (np.abs(exact - old) + 2 * np.abs(exact))
   assert (np.abs(found - exact) <= bound).all()
   ratio = exact / old
