@@ -55,7 +55,6 @@ FORMATS = [
     'ratios, unbiased',
     'second moments in half a byte',
   ),
-  (formats.Affine(), 'half a step of the range', "MicroAdam's errors"),
   (formats.Factored(), 'rows x columns', 'second moments of matrices'),
 ]
 # What a method asks for, or is for; its numbers stand beside it.

@@ -54,7 +54,7 @@ ROWS = {
       formats.ErrorFeedback(INT8, formats.BlockInt(4)), formats.Split(8)
     )
   ),
-  'affine': Row(lambda: by_hand(formats.Affine(8))),
+  'softsign': Row(lambda: by_hand(formats.BlockInt(8, map='softsign'))),
   'block64': Row(lambda: by_hand(formats.BlockInt(8, block_size=64))),
   'rank1': Row(lambda: by_hand(formats.BlockInt(8, scale='rank1'))),
   'bfloat16': Row(lambda: by_hand(formats.BFloat16())),

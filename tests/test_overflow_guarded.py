@@ -21,6 +21,12 @@ FITS = 1e19  # its square is below the largest float32
 # The first of a block, one within, the last; (rows, columns) of blocks of 128.
 POSITIONS = ((0, 0), (3, 130), (15, 255))
 SHAPE = (16, 256)
+# What has no exact zero is refused for moments.
+FORMATS = [
+  name
+  for name, row in tables.FORMATS.items()
+  if getattr(row.format, 'exact_zero', True)
+]
 
 
 @functools.cache
@@ -66,7 +72,7 @@ def lost(guarded, position, value):
   return int(np.sum(~moves)), int(state.total_notfinite)
 
 
-@pytest.mark.parametrize('name', tables.FORMATS)
+@pytest.mark.parametrize('name', FORMATS)
 def test_no_parameter_is_lost(name):
   """kind: exact, of counts."""
   for position in POSITIONS:
@@ -75,7 +81,7 @@ def test_no_parameter_is_lost(name):
       assert lost(stored(name), position, value) == (0, 1), (position, value)
 
 
-@pytest.mark.parametrize('name', tables.FORMATS)
+@pytest.mark.parametrize('name', FORMATS)
 def test_what_fits_is_no_reason_to_skip(name):
   """kind: exact. Float32 Adam takes that step; float16 cannot store it."""
   assert lost(plain(), POSITIONS[1], FITS) == (0, 0)

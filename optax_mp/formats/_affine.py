@@ -55,15 +55,19 @@ class Affine:
     4.5 0.090
     4.25 0.504
 
-  **Caveats:** zero is no code, unless all of a block is zero: beside others it
-  comes back as something else, and -x not as minus what x does. A NaN or an
-  infinity makes NaN of its block. Blocks of a range below 2^-122, with 8 bits
+  **Caveats:** zero has no code unless all of a block is zero. Beside other
+  values it comes back as another number, and -x comes back as another one than
+  minus x. Optimizers divide moments and take their signs, so ``compressed``
+  refuses this format for fields called ``mu``, ``nu``, ``m1`` or ``m2``. A NaN
+  or an infinity makes NaN of its block. Blocks of a range below 2^-122, with 8 bits
   2^-118, are stored as their smallest value; values below 2^-126 are zeros.
 
   References:
     Modoranu et al., `MicroAdam: Accurate Adaptive Optimization with Low Space
     Overhead and Provable Convergence <https://arxiv.org/abs/2405.15593>`_, 2024
   """
+
+  exact_zero = False  # a zero beside other values comes back as another one
 
   bits: Literal[4, 8] = 4
   block_size: int = 64

@@ -116,6 +116,12 @@ class ErrorFeedback:
     return getattr(self.format, 'signed', True)
 
   @property
+  def exact_zero(self) -> bool:
+    """Whether a zero comes back as zero."""
+    both = (self.format, self.residual)
+    return all(getattr(format, 'exact_zero', True) for format in both)
+
+  @property
   def relative(self) -> bool:
     """Whether errors are in proportion to values."""
     return getattr(self.format, 'relative', False)

@@ -11,7 +11,6 @@ import optax
 
 from optax_mp import formats
 from optax_mp._core import _finite
-from optax_mp.formats import _base
 from optax_mp.formats import _boxed
 from optax_mp.formats import _containers
 from optax_mp.formats import _layout
@@ -20,6 +19,7 @@ from optax_mp.formats import _paths
 from optax_mp.formats import _rule
 from optax_mp.formats import _tree
 from optax_mp.wrappers import _common
+from optax_mp.wrappers import _moments
 from optax_mp.wrappers import _passes
 
 
@@ -145,7 +145,8 @@ def keep_compressed(
     if jax.tree.leaves(params):  # `optax.tree.map_params` has none, nor groups
       like = _template(inner, params, 'params')
       chosen = _rule.formats_of(choices(like, params))
-      _check_wide(like, chosen)
+      _moments.check_wide(like, chosen)
+      _moments.check_zeros(like, params, chosen)
       _rule.warn_unless_kept(_paths.param_paths(params), kept)
       if not may_do_nothing:
         _rule.check_fields(like, rule, _paths.param_paths(params))
@@ -232,17 +233,3 @@ def _nothing(like: Any, rule: Any, min_size: int) -> str:
     f'state with arrays of shape {", ".join(shapes) or "(none)"}. Lower '
     '`min_size`, change the rule, or leave out `compressed`.'
   )
-
-
-def _check_wide(like: Any, chosen: list[Any]) -> None:
-  """Raises a ValueError where `inner` has rounded a leaf already."""
-  leaves = jax.tree_util.tree_leaves_with_path(like)
-  for (path, leaf), format in zip(leaves, chosen, strict=True):
-    if format is not None and _base.dtype_bits(leaf.dtype) < 32:
-      raise ValueError(
-        f'`inner` keeps {_paths.path_str(path)!r} in {leaf.dtype}; got '
-        f'{format} for it, which would store what is rounded already. Leave '
-        'out `mu_dtype` (or `accumulator_dtype`, `values_dtype`), or ask for '
-        'float32: the format takes its place. A parameter of fewer than 16 '
-        'bits is for inference: train it in bfloat16.'
-      )

@@ -80,7 +80,7 @@ MU = {
   'feedback': tables.feedback(
     one_code(SQRT, share=0.5), tables.codes('sqrt', 7)
   ),
-  'affine': tables.affine(255),
+  'softsign': one_code(tables.codes('softsign', 127), share=0.5),
   'block64': one_code(SQRT, 64, share=0.5),
   'rank1': one_code(SQRT, share=0.5, scale=tables.smaller_largest),
   'bfloat16': relative(2.0**-8),

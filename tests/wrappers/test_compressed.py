@@ -289,3 +289,28 @@ def test_random_noise_is_new_for_each_leaf_and_step():
     params, tx.init(params)._replace(noise_count=first.noise_count)
   )
   assert np.any(trace['a'] != again.inner_state.trace['a'])
+
+
+@pytest.mark.parametrize(
+  'format',
+  [
+    formats.Affine(),
+    formats.Affine(8),
+    formats.ErrorFeedback(formats.BFloat16(), formats.Affine(4)),
+  ],
+  ids=str,
+)
+@pytest.mark.parametrize('inner', [optax.adam, optax.lion])
+def test_a_moment_needs_an_exact_zero(format, inner):
+  """A zero that comes back as a rounding error would be divided."""
+  field = 'nu' if inner is optax.adam else 'mu'
+  for rule in (format, {field: format}, lambda path, leaf: format):
+    tx = optax_mp.compressed(inner(1e-3), rule, min_size=0)
+    with pytest.raises(ValueError, match='`rule` gives .*no exact zero'):
+      tx.init(_params())
+
+
+def test_what_is_added_up_alone_needs_none():
+  tx = optax_mp.compressed(optax.trace(0.9), formats.Affine(8), min_size=0)
+  _, state = tx.update(_params(), tx.init(_params()))
+  assert formats.is_stored(state.inner_state.trace['embed'])

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Formats that a moment must not be kept in, refused in ``init``."""
+
+from typing import Any
+
+import jax
+
+from optax_mp.formats import _base
+from optax_mp.formats import _paths
+
+# Optax's names of moments that are divided, or divided by, or whose sign is an
+# update. What is added up alone, such as a trace, needs no exact zero.
+_MOMENTS = frozenset({'mu', 'nu', 'm1', 'm2'})
+
+
+def check_wide(like: Any, chosen: list[Any]) -> None:
+  """Raises a ValueError where `inner` has rounded a leaf already."""
+  leaves = jax.tree_util.tree_leaves_with_path(like)
+  for (path, leaf), format in zip(leaves, chosen, strict=True):
+    if format is not None and _base.dtype_bits(leaf.dtype) < 32:
+      raise ValueError(
+        f'`inner` keeps {_paths.path_str(path)!r} in {leaf.dtype}; got '
+        f'{format} for it, which would store what is rounded already. Leave '
+        'out `mu_dtype` (or `accumulator_dtype`, `values_dtype`), or ask for '
+        'float32: the format takes its place. A parameter of fewer than 16 '
+        'bits is for inference: train it in bfloat16.'
+      )
+
+
+def check_zeros(like: Any, params: Any, chosen: list[Any]) -> None:
+  """Raises a ValueError for a moment in a format without an exact zero.
+
+  Where gradients are zero, Adam would divide the rest that comes back for the
+  first moment by the root of a second one that is zero.
+  """
+  leaves = jax.tree_util.tree_leaves_with_path(like)
+  parts = _paths.split_paths(
+    [path for path, _ in leaves], _paths.param_paths(params)
+  )
+  for (path, _), format in zip(leaves, chosen, strict=True):
+    if getattr(format, 'exact_zero', True):
+      continue
+    if _MOMENTS.intersection(_paths.fields(parts[path][0])):
+      raise ValueError(
+        f'`rule` gives {format} to the moment {_paths.path_str(path)!r}, but '
+        'it has no exact zero: where gradients are zero, an optimizer would '
+        'divide a rounding error. Take `formats.BlockInt(4)` or another format '
+        'with signs; `Affine` is for errors and gradients.'
+      )
