@@ -59,8 +59,9 @@ class Affine:
   values it comes back as another number, and -x comes back as another one than
   minus x. Optimizers divide moments and take their signs, so ``compressed``
   refuses this format for fields called ``mu``, ``nu``, ``m1`` or ``m2``. A NaN
-  or an infinity makes NaN of its block. Blocks of a range below 2^-122, with 8 bits
-  2^-118, are stored as their smallest value; values below 2^-126 are zeros.
+  or an infinity makes NaN of its block. Blocks of a range below 2^-122, with 8
+  bits 2^-118, are stored as their smallest value; values below 2^-126 are
+  zeros.
 
   References:
     Modoranu et al., `MicroAdam: Accurate Adaptive Optimization with Low Space
