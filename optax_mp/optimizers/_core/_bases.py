@@ -112,7 +112,10 @@ def made(
 
 def _whole(basis: chex.Array, g: chex.Array) -> chex.Array:
   """The basis, whole on every device where an explicit mesh has G in parts."""
-  return _trees.sharded_along(basis, g, [*_trees.stack_axes(g), None, None])
+  # A matrix for each of a stack, or the numbers of rows.
+  stack = _trees.stack_axes(g)
+  whole = [None] * (basis.ndim - len(stack))
+  return _trees.sharded_along(basis, g, [*stack, *whole])
 
 
 def refreshed(

@@ -151,7 +151,9 @@ def sharded_along(
   """
   now, specs = jax.typeof(x).sharding.spec, jax.typeof(p).sharding.spec
   wanted = PartitionSpec(*(None if i is None else specs[i] for i in axes))
-  return x if wanted == now else jax.sharding.reshard(x, wanted)
+  if wanted == now or not (any(wanted) or any(now)):
+    return x
+  return jax.sharding.reshard(x, wanted)
 
 
 def check_params(params: optax.Params | None) -> None:
