@@ -43,7 +43,8 @@ def checked(tree: Any, argument: str, trains_all: bool = False) -> Any:
         )
       # As JAX would keep it: NumPy's float64 is float32 there.
       is_wide = isinstance(x, (np.ndarray, np.generic)) and (
-        x.dtype != jax.dtypes.canonicalize_dtype(x.dtype)
+        jnp.issubdtype(x.dtype, jnp.inexact)
+        and x.dtype != jax.dtypes.canonicalize_dtype(x.dtype)
       )
       return jnp.asarray(x) if is_wide else x
     if isinstance(x, numbers.Number):
