@@ -6,17 +6,25 @@ from typing import NamedTuple
 
 import chex
 import jax
+from jax import lax
 import jax.numpy as jnp
+import numpy as np
 
 from optax_mp.formats import _base
+from optax_mp.formats import _ends
+from optax_mp.formats import _rounding
 
-_TINY = 2.0**-126
+# What has no part in means, and the power of two that keeps sums of it finite.
+_KINDS = (_ends.OUTLIER, jnp.inf, jnp.nan)
+_DOWN = 2.0**-64
+_SIGN, _WITHOUT_KIND = np.uint32(2**31), np.uint32(2**32 - 4)
 
 
 @_base.Stored.register
 class Factors(NamedTuple):
   """Means along the last two axes of an array of shape (..., R, C)."""
 
+  # Negative where there are values that have no part in it: see `Factored`.
   row: chex.Array  # (..., R), float32: the mean of each row
   column: chex.Array  # (..., C), float32: the mean of each column
 
@@ -49,10 +57,14 @@ class Factored:
     >>> formats.bits_per_value(format, (4096, 4096))
     0.015625
 
-  **Caveats:** what is not of rank 1 is lost; for second moments only. A
-  negative value makes NaN of its matrix. Leading axes are kept: a stack
-  of layers has factors for each. Means are float32: of rows or columns they
-  are zero below 2^-126, and infinite where a sum is.
+  **Caveats:** what is not of rank 1 is lost; for second moments only. Leading
+  axes are kept: a stack of layers has factors for each. Means are float32: of
+  rows or columns they are zero below 2^-126, and infinite where a sum is.
+
+  An infinity, a NaN (or a negative value) and a value above 2^96 among others
+  have no part in the means, whose two last bits and sign say that there is one.
+  It comes back, the last kind as 2^120, and so do values that are in the row of
+  one of them and in the column of another one: two of them make four.
 
   References:
     Shazeer and Stern, `Adafactor <https://arxiv.org/abs/1804.04235>`_, 2018;
@@ -71,7 +83,14 @@ class Factored:
       )
     x = jnp.asarray(x, jnp.float32)
     x = jnp.where(x < 0, jnp.nan, x)
-    return Factors(jnp.mean(x, -1), jnp.mean(x, -2))
+    usual = x <= _ends.HUGE_SQUARE
+    means = [jnp.mean(jnp.where(usual, x, 0.0), axis) for axis in (-1, -2)]
+    # Without overflow, unless one of them is infinite.
+    others = jnp.where(usual, 0.0, x * _DOWN)
+    others = [jnp.mean(others, axis) for axis in (-1, -2)]
+    has_usual = jnp.any(means[0] > 0, -1, keepdims=True)
+    pairs = zip(means, others, strict=True)
+    return Factors(*(_mean(mean, rest, has_usual) for mean, rest in pairs))
 
   def encode(
     self,
@@ -85,12 +104,46 @@ class Factored:
 
   def decode(self, stored: Factors, like: jax.ShapeDtypeStruct) -> chex.Array:
     """Rows times columns, divided by the mean of all."""
-    row, column = map(jnp.asarray, stored)
+    (row, row_kind), (column, column_kind) = map(_unmarked, stored)
     mean = jnp.mean(row, -1, keepdims=True)
     mean = jnp.where(mean < jnp.inf, mean, jnp.nan)
     # Divided before multiplied: the product of two small means underflows.
     share = row / jnp.where(mean == 0, 1.0, mean)
     product = share[..., :, None] * column[..., None, :]
     nonzero = (row > 0)[..., :, None] & (column > 0)[..., None, :]
-    product = jnp.where(nonzero, jnp.maximum(product, _TINY), product)
+    product = jnp.where(nonzero, jnp.maximum(product, _ends.TINY), product)
+    kind = jnp.minimum(row_kind[..., :, None], column_kind[..., None, :])
+    for i, value in enumerate(_KINDS, 1):
+      product = jnp.where(kind == i, value, product)
     return product.astype(like.dtype)
+
+
+def _mean(
+  mean: jax.Array, others: jax.Array, has_usual: jax.Array
+) -> jax.Array:
+  """A mean and, in its sign and its two last bits, the worst of the others.
+
+  Args:
+    mean: of the usual values.
+    others: a mean of those that are not, made smaller.
+    has_usual: whether the matrix has other usual values than zeros. If not,
+      those above 2^96 are usual there.
+  """
+  finite = jnp.where(others < jnp.inf, others * (1 / _DOWN), 0.0)
+  mean = jnp.where(has_usual, mean, finite)
+  kind = jnp.where(others < jnp.inf, has_usual & (others > 0), 2)
+  kind = jnp.where(jnp.isnan(others), 3, kind)
+  word = _rounding.to_bits(jnp.maximum(mean, _ends.TINY)) & _WITHOUT_KIND
+  marked = _rounding.from_bits(word | _SIGN | kind.astype(jnp.uint32))
+  return jnp.where(kind > 0, marked, mean)
+
+
+def _unmarked(mean: chex.Array) -> tuple[jax.Array, jax.Array]:
+  """A mean, and the kind of what has no part in it; 0 if there is nothing."""
+  mean = jnp.asarray(mean)
+  word = lax.bitcast_convert_type(mean, jnp.uint32)
+  size = _rounding.from_bits(word & _WITHOUT_KIND & ~_SIGN)
+  size = jnp.where(size > _ends.TINY, size, 0.0)
+  kind = (word & ~_WITHOUT_KIND).astype(jnp.int32)
+  marked = mean < 0
+  return jnp.where(marked, size, mean), jnp.where(marked, kind, 0)

@@ -73,6 +73,7 @@ class Float8:
   expand: bool = True
   rounding: Literal['nearest', 'stochastic'] = 'nearest'
   keep_nonzero: bool = True
+  signed: bool = True
 
   def __post_init__(self):
     _base.check_choice(self.dtype, 'dtype', ('e4m3', 'e5m2'))
@@ -103,9 +104,10 @@ class Float8:
     wide = self._groups(x.shape).expand(scales)
     code = _grids.round_to(self._grid(), x, wide, noise, self.keep_nonzero)
     number = self._numbers.number(code)
+    negative = (x < 0) if self.signed else jnp.zeros(x.shape, bool)
     # Exact: a number of the dtype already. A cast of bits would cost a TPU a
     # copy, as its tiles of floats and of integers differ.
-    codes = jnp.where(x < 0, -number, number).astype(self._dtype)
+    codes = jnp.where(negative, -number, number).astype(self._dtype)
     return _block_int.Block(codes, scales)
 
   def decode(
@@ -114,10 +116,13 @@ class Float8:
     """Gives the codes' values, in the dtype of ``like``."""
     wide = self._groups(like.shape).expand(stored.scales)
     number = stored.codes.astype(jnp.float32)
-    fraction = self._numbers.fraction(jnp.abs(number))
+    size = jnp.abs(number)
+    fraction = self._numbers.fraction(size)
     if self.expand:
       fraction = _fp8.contract(fraction, wide)
-    value = self._grid().unscaled(fraction, wide)
+    grid = self._grid()
+    value, sign = grid.unscaled(fraction, wide)
+    value = _grids.special(grid, value, sign, size, self._numbers.normal)
     return jnp.where(number < 0, -value, value).astype(like.dtype)
 
   def note(self, shape: tuple[int, ...]) -> str:
@@ -135,8 +140,8 @@ class Float8:
 
   def _grid(self) -> _grids.Grid:
     if self.expand:
-      return _fp8.Expanded(self._numbers)
-    return _maps.Scaled(self._numbers, signed=True)
+      return _fp8.Expanded(self._numbers, self.signed)
+    return _maps.Scaled(self._numbers, self.signed)
 
   def _groups(self, shape: tuple[int, ...]) -> _blocks.Blocks:
     return _blocks.cut(shape, self.block_size)

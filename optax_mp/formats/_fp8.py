@@ -8,7 +8,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from optax_mp.formats import _blocks
+from optax_mp.formats import _ends
 from optax_mp.formats import _grids
 from optax_mp.formats import _rounding
 
@@ -30,7 +30,11 @@ class Numbers:
   @property
   def largest(self) -> float:
     """The largest number: 448 or 57344."""
-    exponent, mantissa = divmod(self.top, 2**self.mantissa)
+    return self.normal(self.top)
+
+  def normal(self, code: int) -> float:
+    """The number of a code that is known, if it is a normal one."""
+    exponent, mantissa = divmod(code, 2**self.mantissa)
     return 2.0 ** (exponent - self.bias) * (1 + mantissa / 2**self.mantissa)
 
   def number(self, code: jax.Array) -> jax.Array:
@@ -76,24 +80,43 @@ E5M2 = Numbers(mantissa=2, bias=15, top=0x7B)  # 0x7C is infinity
 
 @dataclasses.dataclass(frozen=True)
 class Expanded:
-  """fp8 numbers to the power 1/k: M (bfloat16), k (8 bits), 8 bits unused."""
+  """fp8 numbers to the power 1/k: M (bfloat16), k (8 bits), 8 bits unused.
+
+  The sign of M is that of an odd block.
+  """
 
   numbers: Numbers
+  signed: bool
   even: bool = False
 
   @property
   def top(self) -> int:
     return self.numbers.top
 
-  def fit(self, x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+  @property
+  def infinity(self) -> int:
+    return self.top
+
+  @property
+  def reach(self) -> float:
+    return 1.0
+
+  def fit(self, x: jax.Array, over: _ends.Over) -> jax.Array:
     """M and k of each block, uint32, without the axes."""
-    size = jnp.abs(x)
-    high = _blocks.largest(size, axes)
-    low = _blocks.smallest(jnp.where(size < 2.0**-126, jnp.inf, size), axes)
+    if self.signed:
+      low, high, odd = _ends.range_of(jnp.abs(x), over, True)
+    else:
+      low, high, odd = _ends.range_of(jnp.where(x < 0, jnp.nan, x), over, False)
     k = jnp.where(high > 0, self._exponent(low, high), _SMALLEST)
+    k = jnp.where(odd, _SMALLEST, k)
+    # Where the largest value is not the last code.
+    last = self.numbers.normal(_grids.last(self)) / self.numbers.largest
+    wider = high / last ** (_SIXTEENTHS / _SMALLEST)
+    wider = jnp.clip(wider, _ends.LEAST, _ends.LARGEST)
+    high = jnp.where(odd, wider, high)
     # Rounded up, so that x / M is at most 1, but not to infinity.
     rounded = (_rounding.to_bits(high) + 0xFFFF) >> 16
-    rounded = jnp.where(high < jnp.inf, jnp.minimum(rounded, 0x7F7F), 0x7FC0)
+    rounded = jnp.minimum(rounded, 0x7F7F) | (odd.astype(jnp.uint32) << 15)
     return (rounded << 16) | (k.astype(jnp.uint32) << 8)
 
   def _exponent(self, low: jax.Array, high: jax.Array) -> jax.Array:
@@ -103,9 +126,10 @@ class Expanded:
     k = jnp.floor(_SIXTEENTHS * reach / jnp.maximum(octaves, 2.0**-10))
     return jnp.clip(k, _SMALLEST, _LARGEST)
 
-  def scaled(self, x: jax.Array, scale: jax.Array) -> jax.Array:
+  def scaled(self, x: jax.Array, scale: jax.Array) -> _grids.Relative:
     high, _ = _unpack(scale, lax.bitcast_convert_type(x, jnp.int32))
-    return jnp.where(x == 0, 0.0, jnp.abs(x) / high)
+    x = jnp.where(x == 0, 0.0, jnp.abs(x) / high)
+    return jnp.minimum(jnp.abs(x), 2.0), x < 0
 
   def below(self, x: jax.Array, scale: jax.Array) -> jax.Array:
     _, k = _unpack(scale, lax.bitcast_convert_type(x, jnp.int32))
@@ -114,7 +138,7 @@ class Expanded:
   def value(self, code: jax.Array, scale: jax.Array) -> jax.Array:
     return contract(self.numbers.value(code), scale)
 
-  def unscaled(self, value: jax.Array, scale: jax.Array) -> jax.Array:
+  def unscaled(self, value: jax.Array, scale: jax.Array) -> _grids.Relative:
     high, _ = _unpack(scale, lax.bitcast_convert_type(value, jnp.int32))
     return _grids.times(value, high)
 

@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rounding to a grid: the one place where a value becomes a code."""
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol, TypeAlias
 
 import chex
 import jax
 import jax.numpy as jnp
 
+from optax_mp.formats import _ends
 from optax_mp.formats import _rounding
 
-_TINY = 2.0**-126  # the smallest normal number
+Relative: TypeAlias = tuple[jax.Array, jax.Array]
 
 
 class Grid(Protocol):
@@ -25,12 +27,33 @@ class Grid(Protocol):
     """Whether noise is to be even over steps."""
     ...
 
-  def fit(self, x: jax.Array, axes: tuple[int, ...], /) -> jax.Array:
-    """What each block needs to know, without the axes."""
+  @property
+  def signed(self) -> bool:
+    """Whether a code has a sign."""
     ...
 
-  def scaled(self, x: jax.Array, scale: jax.Array, /) -> jax.Array:
-    """The magnitude of x in the block's units."""
+  @property
+  def infinity(self) -> int:
+    """The largest code that is there for each sign."""
+    ...
+
+  @property
+  def reach(self) -> float:
+    """The relative value of ``top``."""
+    ...
+
+  def fit(self, x: jax.Array, over: _ends.Over, /) -> jax.Array:
+    """What each block needs to know, without its axes.
+
+    In an odd block, that the largest value has the code :func:`last`.
+    """
+    ...
+
+  def scaled(self, x: jax.Array, scale: jax.Array, /) -> Relative:
+    """The magnitude of x in the block's units, and whether the block is odd.
+
+    What is beyond the block is a little above ``reach``.
+    """
     ...
 
   def below(self, x: jax.Array, scale: jax.Array, /) -> jax.Array:
@@ -41,8 +64,11 @@ class Grid(Protocol):
     """The relative value of a code, from 0 to ``top + 1``."""
     ...
 
-  def unscaled(self, value: jax.Array, scale: jax.Array, /) -> jax.Array:
-    """The inverse of ``scaled``."""
+  def unscaled(self, value: jax.Array, scale: jax.Array, /) -> Relative:
+    """The inverse of ``scaled``; what is negative is in an odd block.
+
+    If it is not zero: no code of what is no number means zero.
+    """
     ...
 
 
@@ -68,8 +94,9 @@ def round_to(
   Returns:
     int32 codes from 0 to ``grid.top``.
   """
-  nonzero = ~_rounding.is_zero(x)  # it may be, in units of the scale
-  x = grid.scaled(x, scale)
+  size = x
+  nonzero = ~_rounding.is_zero(size)  # it may be, in units of the scale
+  x, odd = grid.scaled(size, scale)
   threshold = 0.5
   if key is not None:
     noise = _rounding.random_bits(key, x.shape, even=grid.even)
@@ -82,16 +109,81 @@ def round_to(
   code = jnp.minimum(code + up.astype(jnp.int32), grid.top)
   if keep_nonzero:
     code = jnp.maximum(code, nonzero.astype(jnp.int32))
-  return code
+  return _with_special(grid, code, size, x, odd)
+
+
+def last(grid: Grid) -> int:
+  """The code of an odd block's largest number."""
+  return grid.infinity - (2 if grid.signed else 3)
+
+
+def _with_special(
+  grid: Grid,
+  code: jax.Array,
+  x: jax.Array,
+  relative: jax.Array,
+  odd: jax.Array,
+) -> jax.Array:
+  """The same codes but in odd blocks, whose last ones mean no numbers.
+
+  From the end: infinity, NaN and, without signs, huge.
+  """
+  end = last(grid)
+  below = jnp.minimum(code, end)
+  is_nan = x != x
+  if not grid.signed:
+    below = jnp.where(relative > grid.reach, end + 1, below)
+    is_nan |= x < 0
+  code = jnp.where(odd, below, code)
+  code = jnp.where(jnp.abs(x) == jnp.inf, grid.infinity, code)
+  return jnp.where(is_nan, grid.infinity - 1, code)
 
 
 def value_of(grid: Grid, code: jax.Array, scale: jax.Array) -> jax.Array:
   """The magnitude of a code."""
-  return grid.unscaled(grid.value(code, scale), scale)
+  value, sign = grid.unscaled(grid.value(code, scale), scale)
+  return special(grid, value, sign, code, lambda code: code)
 
 
-def times(value: jax.Array, scale: jax.Array) -> jax.Array:
-  """What is not zero in units of a scale does not underflow to it."""
+def special(
+  grid: Grid,
+  value: jax.Array,
+  sign: jax.Array,
+  code: jax.Array,
+  of_code: Callable[[int], Any],
+) -> jax.Array:
+  """Magnitudes, and in odd blocks what :func:`round_to` makes of others.
+
+  Args:
+    grid: where codes are.
+    value: what codes mean elsewhere.
+    sign: negative in odd blocks. No comparison of scales: XLA:GPU would count
+      one more use of them and keep the moments of small leaves in float32.
+    code: the codes, or what stands for them, in their order.
+    of_code: what stands for one of them.
+
+  Returns:
+    The magnitudes.
+  """
+  other = jnp.where(code == of_code(grid.infinity), jnp.inf, jnp.nan)
+  if not grid.signed:
+    is_huge = code == of_code(grid.infinity - 2)
+    other = jnp.where(is_huge, _ends.OUTLIER, other)
+  is_other = (code > of_code(last(grid))) & (sign < 0)
+  return jnp.where(is_other, other, value)
+
+
+def times(value: jax.Array, scale: jax.Array) -> Relative:
+  """What is not zero in units of a scale does not underflow to it.
+
+  Args:
+    value: in units of the scale.
+    scale: of the block, negative if it is odd.
+
+  Returns:
+    The magnitude, and a number that is negative in an odd block.
+  """
   product = value * scale
-  least = jnp.minimum(scale, _TINY)  # the scale is 0 where all are
-  return jnp.where(value > 0, jnp.maximum(product, least), product)
+  least = jnp.minimum(jnp.abs(scale), _ends.TINY)  # it is 0 where all are
+  size = jnp.abs(product)
+  return jnp.where(value > 0, jnp.maximum(size, least), size), product

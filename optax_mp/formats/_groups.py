@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_mp.formats import _base
+from optax_mp.formats import _ends
 from optax_mp.formats import _grids
 
 
@@ -21,9 +22,9 @@ class Rank1(NamedTuple):
 
   def expand(self, scales: tuple[jax.Array, ...]) -> jax.Array:
     """The scale of each value."""
-    wide = jnp.full(self.shape, jnp.inf, jnp.float32)
+    wide = jnp.full(self.shape, -jnp.inf, jnp.float32)
     for axis, scale in enumerate(scales):
-      wide = jnp.minimum(wide, jnp.expand_dims(scale, self.others(axis)))
+      wide = _smaller(wide, jnp.expand_dims(scale, self.others(axis)))
     return wide
 
   def others(self, axis: int) -> tuple[int, ...]:
@@ -31,13 +32,22 @@ class Rank1(NamedTuple):
     return tuple(i for i in range(len(self.shape)) if i != axis)
 
 
+def _smaller(a: jax.Array, b: jax.Array) -> jax.Array:
+  """The smaller magnitude, negative where both are.
+
+  A value that is no number has negative scales along all axes.
+  """
+  size = jnp.minimum(jnp.abs(a), jnp.abs(b))
+  return jnp.where(jnp.maximum(a, b) < 0, -size, size)
+
+
 def fit(grid: _grids.Grid, groups: Any, x: chex.Array) -> Any:
   """What a grid needs to know of each group of values, as it is stored."""
   x = jnp.asarray(x, jnp.float32)
   if isinstance(groups, Rank1):
     axes = range(x.ndim)
-    return tuple(grid.fit(x, groups.others(axis)) for axis in axes)
-  fitted = grid.fit(groups.split(x), groups.axes)
+    return tuple(grid.fit(x, _ends.Over(groups.others(a))) for a in axes)
+  fitted = grid.fit(x, _ends.Over(groups.axes, groups.split))
   return jax.tree.map(lambda reduced: groups.kept(reduced, x), fitted)
 
 

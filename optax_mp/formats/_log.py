@@ -19,44 +19,52 @@ Multiplied by a power of two, a block has the same codes.
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 
+from optax_mp.formats import _ends
+from optax_mp.formats import _grids
 from optax_mp.formats import _logarithms
 
 # A grid is a word a block: the logarithm of the largest value in 2^-10 octaves,
-# 18 bits; and by how many of them the smallest is below, all ones where not all
-# are finite. An average with a decay of 0.999 falls by one and a half a step.
+# 18 bits; and by how many of them the smallest is below, all ones in an odd
+# block. An average with a decay of 0.999 falls by one and a half a step.
 _SPAN_BITS = 14
 _OCTAVES = 15  # of the codes of a block at most
 _DROPPED = 23 - 10
 _EXACT = 64  # what is so little off has been on the grid, and stays there
-_NOT_FINITE = 2**_SPAN_BITS - 1
+_ODD = 2**_SPAN_BITS - 1  # 16 octaves; no other span is as large
 
 
 @dataclasses.dataclass(frozen=True)
 class Log(_logarithms.Logarithms):
   """Positions on the grid are in steps from code 1."""
 
-  def fit(self, x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+  def fit(self, x: jax.Array, over: _ends.Over) -> jax.Array:
     """The grid of each block, uint32, without the axes."""
-    low, high, finite = _logarithms.ends(x, axes, _OCTAVES)
+    low, high, odd = _logarithms.ends(x, over, _OCTAVES)
     low, high = map(_logarithms.logarithm, (low, high))
-    high = _round_up(high)
-    span = jnp.maximum(high - _round_down(low), 0)
-    span = jnp.where(finite, span, _NOT_FINITE)
+    span = jnp.maximum(_round_up(high) - _round_down(low), 0)
+    span = jnp.where(odd, _ODD, span)
+    # The code of the largest value is not the last one there.
+    codes = (self.top - _grids.last(self)) / (self.top - 1)
+    above = math.ceil(codes * _ODD) << _DROPPED
+    high = _round_up(jnp.where(odd, high + above, high))
     return ((high << _SPAN_BITS) | span).astype(jnp.uint32)
 
   def unpack(
     self, grid: jax.Array, zero: jax.Array
-  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+  ) -> tuple[jax.Array, jax.Array]:
     grid = grid + zero.astype(jnp.uint32)
-    span = (grid & _NOT_FINITE).astype(jnp.int32)
+    span = (grid & _ODD).astype(jnp.int32)
     first = ((grid >> _SPAN_BITS).astype(jnp.int32) - span) << _DROPPED
+    # Only if all bits are ones this is a sign.
+    odd = ((span + 1) << (31 - _SPAN_BITS)) & _logarithms.SIGN
     step = jnp.maximum(span, 1).astype(jnp.float32)
     step *= 2**_DROPPED / (self.top - 1)
-    return first, step, span < _NOT_FINITE
+    return first | odd, step
 
 
 def _round_up(log: jax.Array) -> jax.Array:
