@@ -51,6 +51,9 @@ class Over(NamedTuple):
 
   axes: tuple[int, ...]  # once it is split
   split: Callable[[jax.Array], jax.Array] = _as_it_is
+  # Of what is left, the shape that is stored: at once, as XLA:TPU would copy
+  # each of the parts that scales are made of.
+  kept: Callable[[jax.Array], jax.Array] = _as_it_is
 
 
 class Ends(NamedTuple):
@@ -76,7 +79,7 @@ def largest(x: jax.Array, over: Over) -> tuple[jax.Array, jax.Array]:
     keys = jnp.where(words <= _HUGE, words + _RAISED, words - _HUGE)
     keys = jnp.where(words < _NORMAL, 0, keys)
     keys = jnp.where(words < _INFINITY, keys, _SIGN)
-    keys = _reduce(_larger, _NONE, over.split(keys), over.axes)
+    keys = _reduce(_larger, _NONE, over.split(keys), over)
     odd, keys = keys < 0, keys & _ALL
     huge = jnp.where(keys > 0, keys + _HUGE, 0)
     words = jnp.where(keys >= _RAISED + _NORMAL, keys - _RAISED, huge)
@@ -85,10 +88,9 @@ def largest(x: jax.Array, over: Over) -> tuple[jax.Array, jax.Array]:
   def apart(x):
     x = jnp.abs(over.split(x))
     _, high = _told_by_words(x, signed=True)
-    high = _reduce(jnp.maximum, _SIGN, _words(high), over.axes)
-    odd = _reduce(
-      jnp.bitwise_or, _NONE, (~(x < jnp.inf)).astype(jnp.int32), over.axes
-    )
+    high = _reduce(jnp.maximum, _SIGN, _words(high), over)
+    no_number = (~(x < jnp.inf)).astype(jnp.int32)
+    odd = _reduce(jnp.bitwise_or, _NONE, no_number, over)
     return _as_float(high & _ALL), odd > 0
 
   return _by_size(x, one=in_one, two=apart, others=in_one)
@@ -112,13 +114,13 @@ def range_of(size: jax.Array, over: Over, signed: bool) -> Ends:
     pairs = over.split(lax.complex(*_told_by_words(size, signed)))
     axes = tuple(axis % pairs.ndim for axis in over.axes)
     start = np.complex64(complex(np.inf, -0.0))
-    pairs = lax.reduce(pairs, start, _wider, axes)
+    pairs = over.kept(lax.reduce(pairs, start, _wider, axes))
     return _words(lax.real(pairs)), _words(lax.imag(pairs))
 
   def apart(size):
     low, high = map(_words, _told_by_words(over.split(size), signed))
-    low = _reduce(jnp.minimum, _INFINITY, low, over.axes)
-    return low, _reduce(jnp.maximum, _SIGN, high, over.axes)
+    low = _reduce(jnp.minimum, _INFINITY, low, over)
+    return low, _reduce(jnp.maximum, _SIGN, high, over)
 
   low, high = _by_size(size, one=in_pairs, two=apart, others=apart)
   # Signs of what is huge or no number; the latter's is the least of all words.
@@ -137,8 +139,8 @@ def both(x: jax.Array, over: Over) -> tuple[jax.Array, jax.Array, jax.Array]:
   inside = jnp.abs(x) <= jnp.expand_dims(limit, over.axes)
   # Words in the order of numbers; none where there is no number at all.
   words = _in_order(_words(x))
-  low = _reduce(jnp.minimum, _ALL, jnp.where(inside, words, _ALL), over.axes)
-  high = _reduce(jnp.maximum, -_ALL, jnp.where(inside, words, -_ALL), over.axes)
+  low = _reduce(jnp.minimum, _ALL, jnp.where(inside, words, _ALL), over)
+  high = _reduce(jnp.maximum, -_ALL, jnp.where(inside, words, -_ALL), over)
   low, high = (
     jnp.where(abs(end) == _ALL, 0.0, _as_float(_in_order(end)))
     for end in (low, high)
@@ -200,21 +202,22 @@ def _reduce(
   pairwise: Callable[[jax.Array, jax.Array], jax.Array],
   start: np.int32,
   x: jax.Array,
-  axes: tuple[int, ...],
+  over: Over,
 ) -> jax.Array:
-  """Reduces over axes, on a CPU by halves.
+  """Reduces what is split already, on a CPU by halves.
 
   XLA:CPU takes the numbers of the last axis one at a time. Its halves, one
   beside the other, are compared many at a time.
   """
 
   def reduce(x):
-    return lax.reduce(x, start, pairwise, tuple(a % x.ndim for a in axes))
+    axes = tuple(axis % x.ndim for axis in over.axes)
+    return over.kept(lax.reduce(x, start, pairwise, axes))
 
   def by_halves(x):
     # Not down to one: it would halve anew for each number that needs a scale,
     # where it does not repeat a reduction.
-    while axes == (-1,) and x.shape[-1] and x.shape[-1] % 16 == 0:
+    while over.axes == (-1,) and x.shape[-1] and x.shape[-1] % 16 == 0:
       half = x.shape[-1] // 2
       x = pairwise(x[..., :half], x[..., half:])
     return reduce(x)

@@ -16,6 +16,7 @@ from optax_mp.formats import _rounding
 
 # What has no part in means, and the power of two that keeps sums of it finite.
 _KINDS = (_ends.OUTLIER, jnp.inf, jnp.nan)
+_INFINITE, _NAN = np.uint32(2), np.uint32(3)  # counted from 1
 _DOWN = 2.0**-64
 _SIGN, _WITHOUT_KIND = np.uint32(2**31), np.uint32(2**32 - 4)
 
@@ -131,10 +132,11 @@ def _mean(
   """
   finite = jnp.where(others < jnp.inf, others * (1 / _DOWN), 0.0)
   mean = jnp.where(has_usual, mean, finite)
-  kind = jnp.where(others < jnp.inf, has_usual & (others > 0), 2)
-  kind = jnp.where(jnp.isnan(others), 3, kind)
+  huge = (has_usual & (others > 0)).astype(jnp.uint32)
+  kind = jnp.where(others < jnp.inf, huge, _INFINITE)
+  kind = jnp.where(jnp.isnan(others), _NAN, kind)
   word = _rounding.to_bits(jnp.maximum(mean, _ends.TINY)) & _WITHOUT_KIND
-  marked = _rounding.from_bits(word | _SIGN | kind.astype(jnp.uint32))
+  marked = _rounding.from_bits(word | _SIGN | kind)
   return jnp.where(kind > 0, marked, mean)
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Groups of values that share a scale: blocks, or rows and columns at once."""
 
+import functools
 from typing import Any, NamedTuple
 
 import chex
@@ -47,8 +48,8 @@ def fit(grid: _grids.Grid, groups: Any, x: chex.Array) -> Any:
   if isinstance(groups, Rank1):
     axes = range(x.ndim)
     return tuple(grid.fit(x, _ends.Over(groups.others(a))) for a in axes)
-  fitted = grid.fit(x, _ends.Over(groups.axes, groups.split))
-  return jax.tree.map(lambda reduced: groups.kept(reduced, x), fitted)
+  kept = functools.partial(groups.kept, x=x)
+  return grid.fit(x, _ends.Over(groups.axes, groups.split, kept))
 
 
 def expand(groups: Any, scales: Any) -> Any:
