@@ -99,9 +99,15 @@ class BlockInt:
 
   **Caveats:** rounded to nearest, an average that moves by less than half a
   step of its code stands still: second moments with b2 = 0.999 want
-  'stochastic'. A NaN, an infinity or, unsigned, a negative value makes NaN of
-  its block. Values below 2^-126 are zeros, as are those of a block whose
+  'stochastic'. Values below 2^-126 are zeros, as are those of a block whose
   largest is above 2^126, but for 'log'.
+
+  **Overflow:** an infinity or a NaN comes back as it is, and a negative value,
+  where there are no signs, as NaN. The other values of the block are rounded to
+  a coarser grid, as the last three codes now stand for values that are no
+  numbers. A finite value that only an overflow can have made, above 2^48 beside
+  smaller ones, does not set the scale either. It comes back as the largest of
+  the others; unsigned, where the limit is 2^96, as 2^120.
 
   References:
     Dettmers et al., `8-bit Optimizers via Block-wise Quantization

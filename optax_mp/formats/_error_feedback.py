@@ -12,9 +12,9 @@ from optax_mp.formats import _base
 from optax_mp.formats import _ends
 from optax_mp.formats import _fitted
 from optax_mp.formats import _paths
-
-# By more than this factor no format rounds that has relative errors.
-_MOST = 2.0**16
+# Relative to the rounded value no rounding error is larger: neighbouring codes
+# are a factor of four apart at most, the first two of fp8 to the power two.
+_MOST = 4.0
 
 
 @_base.Stored.register
@@ -97,8 +97,9 @@ class ErrorFeedback:
     error = jnp.where(jnp.isfinite(seen), x - seen, 0.0)
     if self.relative:
       error = jnp.where(seen == 0, 0.0, error / seen)
-      # No rounding: what a huge value lacks would set the scale of the others.
-      rounded = (jnp.abs(seen) < _ends.OUTLIER) & (jnp.abs(error) <= _MOST)
+      # An outlier comes back as one number, whatever it was: the difference is
+      # no rounding error, and would set the scale of all residuals beside it.
+      rounded = (jnp.abs(seen) != _ends.OUTLIER) & (jnp.abs(error) <= _MOST)
       error = jnp.where(rounded, error, 0.0)
     return Feedback(value, self.residual.encode(error, own_key))
 

@@ -42,6 +42,9 @@ class Float8:
     expand: whether to expand.
     rounding: 'nearest' or 'stochastic' (needs a key).
     keep_nonzero: whether what is not zero never becomes zero.
+    signed: False for second moments and other arrays that are not negative: a
+      negative value comes back as NaN, and the limit of what counts as an
+      overflow beside smaller values is 2^96 instead of 2^48.
 
   Raises:
     ValueError: for other arguments; in ``encode``, where a key is missing.
@@ -60,8 +63,9 @@ class Float8:
   **Caveats:** M is rounded up to a bfloat16, and k is at least 1/2 and at most
   255/16: what is more than F^4 / 4 times smaller than its block's largest value
   becomes the smallest code instead of collapsing the expansion of the others.
-  Nothing is ever out of the dtype's range, where a cast would give NaN. A NaN
-  or an infinity makes NaN of its block.
+  Nothing is ever out of the dtype's range, where a cast would give NaN. An
+  infinity, a NaN or a value above 2^48 leaves the other values of its block
+  alone, as in :class:`BlockInt`.
 
   References:
     Xi et al., `COAT: Compressing Optimizer states and Activation for

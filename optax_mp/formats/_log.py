@@ -51,7 +51,11 @@ class Log(_logarithms.Logarithms):
     # The code of the largest value is not the last one there.
     codes = (self.top - _grids.last(self)) / (self.top - 1)
     above = math.ceil(codes * _ODD) << _DROPPED
-    high = _round_up(jnp.where(odd, high + above, high))
+    # Code 1 is no smaller than the smallest number: a negative logarithm would
+    # be taken for the sign of an odd block.
+    least = (_ODD << _DROPPED) + _logarithms.NORMAL
+    high = jnp.where(odd, jnp.maximum(high + above, least), high)
+    high = _round_up(high)
     return ((high << _SPAN_BITS) | span).astype(jnp.uint32)
 
   def unpack(

@@ -23,7 +23,7 @@ OCTAVE = 2**23
 EXPONENTS = 0x7F800000  # the words of powers of two have no other bits
 SIGN = -(2**31)
 _ONE = 0x3F800000
-_NORMAL = 0x00800000  # the word of the smallest normal number
+NORMAL = 0x00800000  # the word of the smallest normal number
 _LARGEST = 0x7F7FFFFF
 
 
@@ -123,6 +123,6 @@ def ends(x: jax.Array, over: _ends.Over, octaves: int) -> _ends.Ends:
   """
   low, high, odd = _ends.range_of(jnp.where(x < 0, jnp.nan, x), over, False)
   low, high = (
-    jnp.maximum(words_of(x), _NORMAL) for x in (jnp.minimum(low, high), high)
+    jnp.maximum(words_of(x), NORMAL) for x in (jnp.minimum(low, high), high)
   )
   return _ends.Ends(jnp.maximum(low, high - octaves * OCTAVE), high, odd)
