@@ -4,9 +4,9 @@
 Tolerances are exact (words are compared), derived (from the row's bound and
 from what float32 can hold) or statistical (5 sigma, fixed keys).
 
-Where values share a scale, errors are measured in the bins of the block. A value
-that is no number, or is above 2^48 beside smaller ones, is for no law but the one
-that is named after it.
+Where values share a scale, errors are measured in the bins of the block. No law
+but one of its own speaks of a value that is no number, or is above 2^48 beside
+smaller ones.
 """
 
 import dataclasses
@@ -450,7 +450,9 @@ def assert_comes_back(row, seen, x, bad, value):
 
 @over_rows
 @pytest.mark.parametrize('name', ['normal', 'blocks'])
-@pytest.mark.parametrize('value', [np.nan, np.inf, -np.inf, 3e38, -1e30], ids=str)
+@pytest.mark.parametrize(
+  'value', [np.nan, np.inf, -np.inf, 3e38, -1e30], ids=str
+)
 def test_one_value_leaves_the_others_alone(row, name, value):
   """An overflow costs a format the one value.
 

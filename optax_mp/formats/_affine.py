@@ -16,8 +16,9 @@ from optax_mp.formats import _block_int
 from optax_mp.formats import _blocks
 from optax_mp.formats import _ends
 from optax_mp.formats import _groups
+from optax_mp.formats import _reductions
 
-# The last codes of an odd block, which has a value that is no number.
+# The values of a marked block's last codes, from the last one on.
 _SPECIAL = (np.inf, -np.inf, np.nan)
 _LEAST = 2.0**-100  # a range that is large enough for a step
 
@@ -36,9 +37,7 @@ class Affine:
     \mathrm{decode} = lo + \mathrm{code} \cdot s
 
   A block of equal values has s = 0 and codes 0. For errors, gradients and
-  whatever is not spread around zero; it is MicroAdam's format of errors. Not
-  for moments, which :func:`optax_mp.compressed` refuses to keep so: zero is no
-  code, and an optimizer divides what it becomes by next to nothing.
+  whatever is not spread around zero; it is MicroAdam's format of errors.
 
   Args:
     bits: 4 or 8.
@@ -106,13 +105,13 @@ class Affine:
     del key
     x = jnp.asarray(x, jnp.float32)
     scales = self.fit(x) if scales is None else scales
-    low, step, odd = self._grid(scales, x.shape)
+    low, step, marked = self._grid(scales, x.shape)
     code = jnp.floor((x - low) / jnp.where(step > 0, step, 1.0) + 0.5)
-    code = jnp.clip(code, 0, self._top - jnp.where(odd, len(_SPECIAL), 0.0))
+    code = jnp.clip(code, 0, self._top - jnp.where(marked, len(_SPECIAL), 0.0))
     code = jnp.where(step > 0, code, 0.0).astype(jnp.int32)
     for down, value in enumerate(_SPECIAL):
       same = x != x if np.isnan(value) else x == value
-      code = jnp.where(odd & same, self._top - down, code)
+      code = jnp.where(marked & same, self._top - down, code)
     code += self._lowest
     return _block_int.Block(code.astype(self._dtype), scales)
 
@@ -120,11 +119,11 @@ class Affine:
     self, stored: _block_int.Block, like: jax.ShapeDtypeStruct
   ) -> chex.Array:
     """Gives the codes' values, in the dtype of ``like``."""
-    low, step, odd = self._grid(stored.scales, like.shape)
+    low, step, marked = self._grid(stored.scales, like.shape)
     code = jnp.asarray(stored.codes, jnp.int32) - self._lowest
     x = low + code.astype(jnp.float32) * step
     for down, value in enumerate(_SPECIAL):
-      x = jnp.where(odd & (code == self._top - down), value, x)
+      x = jnp.where(marked & (code == self._top - down), value, x)
     return x.astype(like.dtype)
 
   def note(self, shape: tuple[int, ...]) -> str:
@@ -152,15 +151,15 @@ class Affine:
 
   def _ends(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     cut = _blocks.cut(x.shape, self.block_size)
-    low, high, odd = _ends.both(x, _ends.Over(cut.axes, cut.split))
+    low, high, marked = _ends.both(x, _reductions.Over(cut.axes, cut.split))
     if self.stats_dtype == 'bfloat16':
       low, high = -_rounded_up(-low), _rounded_up(high)
-    # In an odd block they change places, and so must differ.
+    # A marked block is one with lo above hi, so its ends must differ.
     below = (low - jnp.maximum(jnp.abs(low) * 2.0**-7, _LEAST)).astype(
       low.dtype
     )
     below = jnp.where(low < high, low, below)
-    low, high = jnp.where(odd, high, low), jnp.where(odd, below, high)
+    low, high = jnp.where(marked, high, low), jnp.where(marked, below, high)
     return cut.kept(low, x), cut.kept(high, x)
 
   def _expand(self, end: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -173,20 +172,20 @@ class Affine:
     return jnp.concatenate([first, last])
 
   def _grid(self, scales: Any, shape: tuple[int, ...]):
-    """Lo and the step of each value, and whether its block is odd.
+    """The offset and the step for each value, and whether its block is marked.
 
     The step has so few bits that a code times it is exact: else decoded values
     would depend on whether a compiler fuses product and sum.
     """
     low, high = (self._expand(end, shape) for end in scales)
-    odd = low > high
+    marked = low > high
     low, high = jnp.minimum(low, high), jnp.maximum(low, high)
     top = self._top - np.arange(2) * len(_SPECIAL)
-    step = (high - low) * jnp.where(odd, *np.float32(1 / top[::-1]))
+    step = (high - low) * jnp.where(marked, *np.float32(1 / top[::-1]))
     half = 1 << (self.bits - 1)
     word = lax.bitcast_convert_type(step, jnp.int32) + half
     word &= -2 * half
-    return low, lax.bitcast_convert_type(word, jnp.float32), odd
+    return low, lax.bitcast_convert_type(word, jnp.float32), marked
 
 
 def _rounded_up(x: jax.Array) -> jax.Array:

@@ -1,34 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ends of the values that share a scale, and whether all are numbers.
+"""The smallest and the largest of the values that share a scale.
 
-One value's overflow stays its own. An infinity or a NaN is no end; that there
-is one is told beside the ends, and the block is called *odd*. Nor is a finite
-value an end that only an overflow can have made: one above 2^48, of squares
-2^96, among others that are below. Where all that is not zero is above, it is
-nothing special.
+An overflow must cost the one value that overflowed and no other, so a block's
+ends are those of its usual values:
+
+* An infinity or a NaN is not an end. The block is *marked*: by its sign or its
+  bits its scale says that the last codes stand for values that are no numbers.
+* A finite value that only an overflow can have made, a *huge* one, is not an
+  end either: above 2^48, or 2^96 in an array of squares, beside smaller values
+  that are not zero. A block of huge values and zeros alone is an ordinary one.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-# Of momenta, 1e-4 times a gradient whose square overflows is above it; of
-# second moments, 1e-4 times the square of 1e17.
+from optax_mp.formats import _reductions
+
+# A gradient above 2^64 has an infinite square; an average with decay 0.9999
+# takes in 1e-4 of it, still above 2^48. Gradients near 2^55 reach the second
+# limit in the same way, with their squares.
 HUGE = 2.0**48
 HUGE_SQUARE = HUGE**2
-# What a huge value comes back as where there are no signs: its root divides a
-# moment, and must not be too small.
+# The value that a huge one is decoded to where there are no signs. An optimizer
+# divides by its root, so it must be large.
 OUTLIER = 2.0**120
 LARGEST = float(np.finfo(np.float32).max)
-TINY = 2.0**-126  # the smallest normal number; what is below counts as zero
-# The smallest scale of an odd block: its codes of others do not underflow.
+TINY = 2.0**-126  # the smallest normal number; below it a value counts as zero
+# The smallest scale of a marked block, whose ordinary codes do not underflow.
 LEAST = 2.0**-120
 
-# Words of float32, and what their keys, of 31 bits and a sign, are made of.
+# Words of float32 and the parts of the keys by which `largest` compares them.
 _SIGN = np.int32(-(2**31))
 _ALL = np.int32(0x7FFFFFFF)
 _INFINITY = np.int32(0x7F800000)
@@ -37,41 +42,35 @@ _NONE = np.int32(0)
 _HUGE = np.float32(HUGE).view(np.int32)
 _RAISED = _ALL - _HUGE
 
-# Of smaller leaves XLA:GPU reads more, for an H100, for one reduction than for
-# two; of larger ones, for an A100, it keeps what two of them read in float32.
-FEW = 768 * 768
-
-
-def _as_it_is(x: jax.Array) -> jax.Array:
-  return x
-
-
-class Over(NamedTuple):
-  """Which values of an array share a scale."""
-
-  axes: tuple[int, ...]  # once it is split
-  split: Callable[[jax.Array], jax.Array] = _as_it_is
-  # Of what is left, the shape that is stored: at once, as XLA:TPU would copy
-  # each of the parts that scales are made of.
-  kept: Callable[[jax.Array], jax.Array] = _as_it_is
+_words, _as_float = _reductions.words, _reductions.as_float
 
 
 class Ends(NamedTuple):
-  """Of the values that share a scale, without their axes."""
+  """The ends of each block, without the axes of its values."""
 
-  low: jax.Array  # the smallest that is not zero; TINY in an odd block
-  high: jax.Array  # the largest, 0 where there is none
-  odd: jax.Array  # whether there are others, which are no ends
+  low: jax.Array  # the smallest value that is not zero; TINY in a marked block
+  high: jax.Array  # the largest value; 0 in a block of zeros
+  marked: jax.Array  # whether some value has a code of its own
 
 
-def largest(x: jax.Array, over: Over) -> tuple[jax.Array, jax.Array]:
-  """The largest magnitude, and whether there are values that are no numbers.
+def largest(
+  x: jax.Array, over: _reductions.Over
+) -> tuple[jax.Array, jax.Array]:
+  """The largest usual magnitude of each block, and which blocks are marked.
 
-  A value above 2^48 counts only where all others are zero. It is none of the
-  others that makes a block odd: it has a sign, and may come back smaller.
+  For arrays with signs. A huge value marks no block: it is stored as the
+  largest of the others, in its own direction.
 
-  One reduction, of integers: in the order zero, huge, all others; and a sign
-  for what is no number. Or two, on a GPU for small leaves.
+  This is one reduction of integer keys, in the order zero, huge, usual; the
+  sign of a key says that there is an infinity or a NaN. For small leaves on a
+  GPU it is two reductions.
+
+  Args:
+    x: float32.
+    over: which values share a scale.
+
+  Returns:
+    The magnitudes, 0 in a block of zeros, and the marks.
   """
 
   def in_one(x):
@@ -79,38 +78,40 @@ def largest(x: jax.Array, over: Over) -> tuple[jax.Array, jax.Array]:
     keys = jnp.where(words <= _HUGE, words + _RAISED, words - _HUGE)
     keys = jnp.where(words < _NORMAL, 0, keys)
     keys = jnp.where(words < _INFINITY, keys, _SIGN)
-    keys = _reduce(_larger, _NONE, over.split(keys), over)
-    odd, keys = keys < 0, keys & _ALL
+    keys = _reductions.reduce(_larger, _NONE, over.split(keys), over)
+    marked, keys = keys < 0, keys & _ALL
     huge = jnp.where(keys > 0, keys + _HUGE, 0)
     words = jnp.where(keys >= _RAISED + _NORMAL, keys - _RAISED, huge)
-    return _as_float(words), odd
+    return _as_float(words), marked
 
   def apart(x):
     x = jnp.abs(over.split(x))
     _, high = _told_by_words(x, signed=True)
-    high = _reduce(jnp.maximum, _SIGN, _words(high), over)
+    high = _reductions.reduce(jnp.maximum, _SIGN, _words(high), over)
     no_number = (~(x < jnp.inf)).astype(jnp.int32)
-    odd = _reduce(jnp.bitwise_or, _NONE, no_number, over)
-    return _as_float(high & _ALL), odd > 0
+    marked = _reductions.reduce(jnp.bitwise_or, _NONE, no_number, over)
+    return _as_float(high & _ALL), marked > 0
 
-  return _by_size(x, one=in_one, two=apart, others=in_one)
+  return _reductions.by_size(x, one=in_one, two=apart, others=in_one)
 
 
-def range_of(size: jax.Array, over: Over, signed: bool) -> Ends:
-  """The smallest magnitude that is not zero and the largest.
+def range_of(size: jax.Array, over: _reductions.Over, signed: bool) -> Ends:
+  """The smallest and the largest usual value of each block, zeros left out.
 
   Args:
-    size: float32, not negative; or NaN.
+    size: float32, not negative, or NaN.
     over: which values share a scale.
-    signed: whether these are magnitudes. Then a huge value is as for
-      :func:`largest`; else, above 2^96 among others, it makes its block odd.
+    signed: whether these are the magnitudes of an array with signs. If so, huge
+      values begin at 2^48 and mark no block, as for :func:`largest`. If not,
+      they begin at 2^96 and mark their block: they have a code of their own.
 
   Returns:
-    Both ends.
+    The ends.
   """
 
   def in_pairs(size):
-    # A view of the pairs and not pairs of a view, which has two users.
+    # The pairs are viewed as blocks, not made of two views: XLA:GPU would count
+    # the moment as used twice.
     pairs = over.split(lax.complex(*_told_by_words(size, signed)))
     axes = tuple(axis % pairs.ndim for axis in over.axes)
     start = np.complex64(complex(np.inf, -0.0))
@@ -119,57 +120,68 @@ def range_of(size: jax.Array, over: Over, signed: bool) -> Ends:
 
   def apart(size):
     low, high = map(_words, _told_by_words(over.split(size), signed))
-    low = _reduce(jnp.minimum, _INFINITY, low, over)
-    return low, _reduce(jnp.maximum, _SIGN, high, over)
+    low = _reductions.reduce(jnp.minimum, _INFINITY, low, over)
+    return low, _reductions.reduce(jnp.maximum, _SIGN, high, over)
 
-  low, high = _by_size(size, one=in_pairs, two=apart, others=apart)
-  # Signs of what is huge or no number; the latter's is the least of all words.
-  none = low == _SIGN
-  odd = none | ((low < 0) & (high > 0))
-  low = jnp.where(odd, _NORMAL, low & _ALL)
-  return Ends(_as_float(low), _as_float(high & _ALL), odd)
+  low, high = _reductions.by_size(size, one=in_pairs, two=apart, others=apart)
+  # The words of huge values are negative; -0, which stands for values that are
+  # no numbers, has the least of all words.
+  no_number = low == _SIGN
+  marked = no_number | ((low < 0) & (high > 0))
+  low = jnp.where(marked, _NORMAL, low & _ALL)
+  return Ends(_as_float(low), _as_float(high & _ALL), marked)
 
 
-def both(x: jax.Array, over: Over) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """The smallest and the largest number; and as for :func:`largest`."""
+def both(
+  x: jax.Array, over: _reductions.Over
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """The smallest and the largest usual value of each block, with their signs.
+
+  Args:
+    x: float32.
+    over: which values share a scale.
+
+  Returns:
+    Both, 0 where a block has no number, and which blocks are marked.
+  """
   x = over.split(x)
-  over = Over(over.axes)
-  size, odd = largest(x, over)
+  over = _reductions.Over(over.axes)
+  size, marked = largest(x, over)
   limit = jnp.where(size <= HUGE, HUGE, LARGEST)
   inside = jnp.abs(x) <= jnp.expand_dims(limit, over.axes)
-  # Words in the order of numbers; none where there is no number at all.
+  # Integers in the order of the numbers; the last one where there is none.
   words = _in_order(_words(x))
-  low = _reduce(jnp.minimum, _ALL, jnp.where(inside, words, _ALL), over)
-  high = _reduce(jnp.maximum, -_ALL, jnp.where(inside, words, -_ALL), over)
+  low = _reductions.reduce(
+    jnp.minimum, _ALL, jnp.where(inside, words, _ALL), over
+  )
+  high = _reductions.reduce(
+    jnp.maximum, -_ALL, jnp.where(inside, words, -_ALL), over
+  )
   low, high = (
     jnp.where(abs(end) == _ALL, 0.0, _as_float(_in_order(end)))
     for end in (low, high)
   )
-  return low, high, odd
+  return low, high, marked
 
 
 def _in_order(words: jax.Array) -> jax.Array:
-  """Of negative numbers the magnitude counts down; its own inverse."""
-  return jnp.where(words < 0, words ^ _ALL, words)
+  """Words of float32 to integers in the order of the numbers, and back.
 
-
-def _by_size(x: jax.Array, one: Any, two: Any, others: Any) -> Any:
-  """One reduction on a GPU, or two of a small array; others elsewhere.
-
-  XLA:GPU computes an operand again for each of two reductions, and for each
-  array that it is seen as, or, where its cost model finds that to be too much,
-  keeps it in float32.
+  The words of negative numbers count their magnitude upwards.
   """
-  gpu = one if x.size >= FEW else two
-  return lax.platform_dependent(x, cpu=others, tpu=others, default=gpu)
+  return jnp.where(words < 0, words ^ _ALL, words)
 
 
 def _told_by_words(
   size: jax.Array, signed: bool
 ) -> tuple[jax.Array, jax.Array]:
-  """Floats, the least and the largest of whose words tell the ends.
+  """Two arrays of floats whose words, compared as integers, give the ends.
 
-  Of a huge value minus that, whose word is small; of what is no number -0.
+  A huge value is negated in them, so that its word is below that of each usual
+  value; an infinity or a NaN becomes -0, the least of all words.
+
+  Returns:
+    One whose smallest words are looked for, and one for the largest.
   """
   usual = (size >= TINY) & (size <= (HUGE if signed else HUGE_SQUARE))
   low = high = jnp.where(usual, size, jnp.where(size < jnp.inf, -size, -0.0))
@@ -179,7 +191,7 @@ def _told_by_words(
 
 
 def _wider(a: jax.Array, b: jax.Array) -> jax.Array:
-  """Of two pairs the smaller real and the larger imaginary part, as words."""
+  """The smaller real and the larger imaginary part, compared as words."""
   low = jnp.minimum(*(_words(lax.real(x)) for x in (a, b)))
   high = jnp.maximum(*(_words(lax.imag(x)) for x in (a, b)))
   return lax.complex(_as_float(low), _as_float(high))
@@ -188,38 +200,3 @@ def _wider(a: jax.Array, b: jax.Array) -> jax.Array:
 def _larger(a: jax.Array, b: jax.Array) -> jax.Array:
   """The larger key, with a sign where either has one."""
   return jnp.maximum(a & _ALL, b & _ALL) | ((a | b) & _SIGN)
-
-
-def _words(x: jax.Array) -> jax.Array:
-  return lax.bitcast_convert_type(x, jnp.int32)
-
-
-def _as_float(words: jax.Array) -> jax.Array:
-  return lax.bitcast_convert_type(words, jnp.float32)
-
-
-def _reduce(
-  pairwise: Callable[[jax.Array, jax.Array], jax.Array],
-  start: np.int32,
-  x: jax.Array,
-  over: Over,
-) -> jax.Array:
-  """Reduces what is split already, on a CPU by halves.
-
-  XLA:CPU takes the numbers of the last axis one at a time. Its halves, one
-  beside the other, are compared many at a time.
-  """
-
-  def reduce(x):
-    axes = tuple(axis % x.ndim for axis in over.axes)
-    return over.kept(lax.reduce(x, start, pairwise, axes))
-
-  def by_halves(x):
-    # Not down to one: it would halve anew for each number that needs a scale,
-    # where it does not repeat a reduction.
-    while over.axes == (-1,) and x.shape[-1] and x.shape[-1] % 16 == 0:
-      half = x.shape[-1] // 2
-      x = pairwise(x[..., :half], x[..., half:])
-    return reduce(x)
-
-  return lax.platform_dependent(x, cpu=by_halves, default=reduce)

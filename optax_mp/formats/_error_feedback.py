@@ -12,6 +12,7 @@ from optax_mp.formats import _base
 from optax_mp.formats import _ends
 from optax_mp.formats import _fitted
 from optax_mp.formats import _paths
+
 # Relative to the rounded value no rounding error is larger: neighbouring codes
 # are a factor of four apart at most, the first two of fp8 to the power two.
 _MOST = 4.0

@@ -14,7 +14,8 @@ from optax_mp.formats import _base
 from optax_mp.formats import _ends
 from optax_mp.formats import _rounding
 
-# What has no part in means, and the power of two that keeps sums of it finite.
+# The values that are left out of means, and a power of two that keeps sums of
+# the huge ones finite.
 _KINDS = (_ends.OUTLIER, jnp.inf, jnp.nan)
 _INFINITE, _NAN = np.uint32(2), np.uint32(3)  # counted from 1
 _DOWN = 2.0**-64
@@ -25,7 +26,7 @@ _SIGN, _WITHOUT_KIND = np.uint32(2**31), np.uint32(2**32 - 4)
 class Factors(NamedTuple):
   """Means along the last two axes of an array of shape (..., R, C)."""
 
-  # Negative where there are values that have no part in it: see `Factored`.
+  # Negative if some values were left out of the mean: see `Factored`.
   row: chex.Array  # (..., R), float32: the mean of each row
   column: chex.Array  # (..., C), float32: the mean of each column
 
@@ -62,10 +63,11 @@ class Factored:
   axes are kept: a stack of layers has factors for each. Means are float32: of
   rows or columns they are zero below 2^-126, and infinite where a sum is.
 
-  An infinity, a NaN (or a negative value) and a value above 2^96 among others
-  have no part in the means, whose two last bits and sign say that there is one.
-  It comes back, the last kind as 2^120, and so do values that are in the row of
-  one of them and in the column of another one: two of them make four.
+  **Overflow:** an infinity, a NaN and a value above 2^96 beside smaller ones
+  are left out of the means; a negative value counts as NaN. The sign and the
+  last two bits of the means of their row and column record them, and they come
+  back, the last kind as 2^120. As only rows and columns are recorded, so does
+  every value in the row of one and the column of another: two make four.
 
   References:
     Shazeer and Stern, `Adafactor <https://arxiv.org/abs/1804.04235>`_, 2018;

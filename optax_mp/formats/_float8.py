@@ -108,11 +108,11 @@ class Float8:
     wide = self._groups(x.shape).expand(scales)
     code = _grids.round_to(self._grid(), x, wide, noise, self.keep_nonzero)
     number = self._numbers.number(code)
-    negative = (x < 0) if self.signed else jnp.zeros(x.shape, bool)
+    if self.signed:
+      number = jnp.where(x < 0, -number, number)
     # Exact: a number of the dtype already. A cast of bits would cost a TPU a
     # copy, as its tiles of floats and of integers differ.
-    codes = jnp.where(negative, -number, number).astype(self._dtype)
-    return _block_int.Block(codes, scales)
+    return _block_int.Block(number.astype(self._dtype), scales)
 
   def decode(
     self, stored: _block_int.Block, like: jax.ShapeDtypeStruct

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from optax_mp.formats import _ends
 from optax_mp.formats import _grids
+from optax_mp.formats import _reductions
 from optax_mp.formats import _rounding
 
 # Exponents of the expansion are multiples of 1/16, in 8 bits.
@@ -82,7 +83,7 @@ E5M2 = Numbers(mantissa=2, bias=15, top=0x7B)  # 0x7C is infinity
 class Expanded:
   """fp8 numbers to the power 1/k: M (bfloat16), k (8 bits), 8 bits unused.
 
-  The sign of M is that of an odd block.
+  The sign bit of M marks a block (see ``_ends``).
   """
 
   numbers: Numbers
@@ -101,22 +102,24 @@ class Expanded:
   def reach(self) -> float:
     return 1.0
 
-  def fit(self, x: jax.Array, over: _ends.Over) -> jax.Array:
+  def fit(self, x: jax.Array, over: _reductions.Over) -> jax.Array:
     """M and k of each block, uint32, without the axes."""
     if self.signed:
-      low, high, odd = _ends.range_of(jnp.abs(x), over, True)
+      low, high, marked = _ends.range_of(jnp.abs(x), over, True)
     else:
-      low, high, odd = _ends.range_of(jnp.where(x < 0, jnp.nan, x), over, False)
+      low, high, marked = _ends.range_of(
+        jnp.where(x < 0, jnp.nan, x), over, False
+      )
     k = jnp.where(high > 0, self._exponent(low, high), _SMALLEST)
-    k = jnp.where(odd, _SMALLEST, k)
-    # Where the largest value is not the last code.
+    k = jnp.where(marked, _SMALLEST, k)
+    # The scale at which the largest value has the last code for numbers.
     last = self.numbers.normal(_grids.last(self)) / self.numbers.largest
     wider = high / last ** (_SIXTEENTHS / _SMALLEST)
     wider = jnp.clip(wider, _ends.LEAST, _ends.LARGEST)
-    high = jnp.where(odd, wider, high)
+    high = jnp.where(marked, wider, high)
     # Rounded up, so that x / M is at most 1, but not to infinity.
     rounded = (_rounding.to_bits(high) + 0xFFFF) >> 16
-    rounded = jnp.minimum(rounded, 0x7F7F) | (odd.astype(jnp.uint32) << 15)
+    rounded = jnp.minimum(rounded, 0x7F7F) | (marked.astype(jnp.uint32) << 15)
     return (rounded << 16) | (k.astype(jnp.uint32) << 8)
 
   def _exponent(self, low: jax.Array, high: jax.Array) -> jax.Array:

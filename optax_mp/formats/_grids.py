@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_mp.formats import _ends
+from optax_mp.formats import _reductions
 from optax_mp.formats import _rounding
 
 Relative: TypeAlias = tuple[jax.Array, jax.Array]
@@ -42,17 +43,18 @@ class Grid(Protocol):
     """The relative value of ``top``."""
     ...
 
-  def fit(self, x: jax.Array, over: _ends.Over, /) -> jax.Array:
-    """What each block needs to know, without its axes.
+  def fit(self, x: jax.Array, over: _reductions.Over, /) -> jax.Array:
+    """The scale of each block, without the axes of its values.
 
-    In an odd block, that the largest value has the code :func:`last`.
+    In a marked block it is such that the largest value has the code
+    :func:`last`.
     """
     ...
 
   def scaled(self, x: jax.Array, scale: jax.Array, /) -> Relative:
-    """The magnitude of x in the block's units, and whether the block is odd.
+    """The magnitude of x in the block's units, and whether the block is marked.
 
-    What is beyond the block is a little above ``reach``.
+    A value beyond the block's largest is a little above ``reach``.
     """
     ...
 
@@ -65,9 +67,10 @@ class Grid(Protocol):
     ...
 
   def unscaled(self, value: jax.Array, scale: jax.Array, /) -> Relative:
-    """The inverse of ``scaled``; what is negative is in an odd block.
+    """The inverse of ``scaled``: the magnitude, and the sign of the mark.
 
-    If it is not zero: no code of what is no number means zero.
+    The second array is negative in a marked block, where the value is not zero;
+    the codes for values that are no numbers are never that of zero.
     """
     ...
 
@@ -96,7 +99,7 @@ def round_to(
   """
   size = x
   nonzero = ~_rounding.is_zero(size)  # it may be, in units of the scale
-  x, odd = grid.scaled(size, scale)
+  x, marked = grid.scaled(size, scale)
   threshold = 0.5
   if key is not None:
     noise = _rounding.random_bits(key, x.shape, even=grid.even)
@@ -109,11 +112,11 @@ def round_to(
   code = jnp.minimum(code + up.astype(jnp.int32), grid.top)
   if keep_nonzero:
     code = jnp.maximum(code, nonzero.astype(jnp.int32))
-  return _with_special(grid, code, size, x, odd)
+  return _with_special(grid, code, size, x, marked)
 
 
 def last(grid: Grid) -> int:
-  """The code of an odd block's largest number."""
+  """The last code that stands for a number in a marked block."""
   return grid.infinity - (2 if grid.signed else 3)
 
 
@@ -122,11 +125,22 @@ def _with_special(
   code: jax.Array,
   x: jax.Array,
   relative: jax.Array,
-  odd: jax.Array,
+  marked: jax.Array,
 ) -> jax.Array:
-  """The same codes but in odd blocks, whose last ones mean no numbers.
+  """The codes, with those of a marked block's values that are no numbers.
 
-  From the end: infinity, NaN and, without signs, huge.
+  From the last code on: infinity, NaN and, where there are no signs, a huge
+  value.
+
+  Args:
+    grid: the grid.
+    code: the nearest codes.
+    x: the values.
+    relative: their magnitudes in units of the scale.
+    marked: whether their blocks are marked.
+
+  Returns:
+    int32 codes.
   """
   end = last(grid)
   below = jnp.minimum(code, end)
@@ -134,7 +148,7 @@ def _with_special(
   if not grid.signed:
     below = jnp.where(relative > grid.reach, end + 1, below)
     is_nan |= x < 0
-  code = jnp.where(odd, below, code)
+  code = jnp.where(marked, below, code)
   code = jnp.where(jnp.abs(x) == jnp.inf, grid.infinity, code)
   return jnp.where(is_nan, grid.infinity - 1, code)
 
@@ -152,18 +166,19 @@ def special(
   code: jax.Array,
   of_code: Callable[[int], Any],
 ) -> jax.Array:
-  """Magnitudes, and in odd blocks what :func:`round_to` makes of others.
+  """The inverse of :func:`_with_special`.
 
   Args:
-    grid: where codes are.
-    value: what codes mean elsewhere.
-    sign: negative in odd blocks. No comparison of scales: XLA:GPU would count
-      one more use of them and keep the moments of small leaves in float32.
-    code: the codes, or what stands for them, in their order.
-    of_code: what stands for one of them.
+    grid: the grid.
+    value: the magnitudes that the codes have in blocks without a mark.
+    sign: negative in marked blocks. The scales themselves are not compared:
+      XLA:GPU would count one more use of them and keep the moments of small
+      leaves in float32.
+    code: the codes, or other numbers in the same order.
+    of_code: the number in ``code`` that stands for a given code.
 
   Returns:
-    The magnitudes.
+    The magnitudes, infinity, NaN or 2^120.
   """
   other = jnp.where(code == of_code(grid.infinity), jnp.inf, jnp.nan)
   if not grid.signed:
@@ -174,14 +189,14 @@ def special(
 
 
 def times(value: jax.Array, scale: jax.Array) -> Relative:
-  """What is not zero in units of a scale does not underflow to it.
+  """``value * scale``, but a value that is not zero does not underflow to zero.
 
   Args:
     value: in units of the scale.
-    scale: of the block, negative if it is odd.
+    scale: of the block, negative if the block is marked.
 
   Returns:
-    The magnitude, and a number that is negative in an odd block.
+    The magnitude, and a number that is negative in a marked block.
   """
   product = value * scale
   least = jnp.minimum(jnp.abs(scale), _ends.TINY)  # it is 0 where all are

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from optax_mp.formats import _base
-from optax_mp.formats import _ends
 from optax_mp.formats import _grids
+from optax_mp.formats import _reductions
 
 
 class Rank1(NamedTuple):
@@ -47,9 +47,9 @@ def fit(grid: _grids.Grid, groups: Any, x: chex.Array) -> Any:
   x = jnp.asarray(x, jnp.float32)
   if isinstance(groups, Rank1):
     axes = range(x.ndim)
-    return tuple(grid.fit(x, _ends.Over(groups.others(a))) for a in axes)
+    return tuple(grid.fit(x, _reductions.Over(groups.others(a))) for a in axes)
   kept = functools.partial(groups.kept, x=x)
-  return grid.fit(x, _ends.Over(groups.axes, groups.split, kept))
+  return grid.fit(x, _reductions.Over(groups.axes, groups.split, kept))
 
 
 def expand(groups: Any, scales: Any) -> Any:

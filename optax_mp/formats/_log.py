@@ -24,37 +24,38 @@ import math
 import jax
 import jax.numpy as jnp
 
-from optax_mp.formats import _ends
 from optax_mp.formats import _grids
 from optax_mp.formats import _logarithms
+from optax_mp.formats import _reductions
 
-# A grid is a word a block: the logarithm of the largest value in 2^-10 octaves,
-# 18 bits; and by how many of them the smallest is below, all ones in an odd
-# block. An average with a decay of 0.999 falls by one and a half a step.
+# A block's grid is one word: 18 bits for the logarithm of the largest value, in
+# units of 2^-10 octaves; and 14 bits for the number of units from there down to
+# the smallest value. These 14 are all ones in a marked block. An average with a
+# decay of 0.999 falls by one and a half units per step.
 _SPAN_BITS = 14
 _OCTAVES = 15  # of the codes of a block at most
 _DROPPED = 23 - 10
 _EXACT = 64  # what is so little off has been on the grid, and stays there
-_ODD = 2**_SPAN_BITS - 1  # 16 octaves; no other span is as large
+_MARK = 2**_SPAN_BITS - 1  # 16 octaves; no other span is as large
 
 
 @dataclasses.dataclass(frozen=True)
 class Log(_logarithms.Logarithms):
   """Positions on the grid are in steps from code 1."""
 
-  def fit(self, x: jax.Array, over: _ends.Over) -> jax.Array:
+  def fit(self, x: jax.Array, over: _reductions.Over) -> jax.Array:
     """The grid of each block, uint32, without the axes."""
-    low, high, odd = _logarithms.ends(x, over, _OCTAVES)
+    low, high, marked = _logarithms.ends(x, over, _OCTAVES)
     low, high = map(_logarithms.logarithm, (low, high))
     span = jnp.maximum(_round_up(high) - _round_down(low), 0)
-    span = jnp.where(odd, _ODD, span)
-    # The code of the largest value is not the last one there.
+    span = jnp.where(marked, _MARK, span)
+    # In a marked block the last codes are not for numbers.
     codes = (self.top - _grids.last(self)) / (self.top - 1)
-    above = math.ceil(codes * _ODD) << _DROPPED
-    # Code 1 is no smaller than the smallest number: a negative logarithm would
-    # be taken for the sign of an odd block.
-    least = (_ODD << _DROPPED) + _logarithms.NORMAL
-    high = jnp.where(odd, jnp.maximum(high + above, least), high)
+    above = math.ceil(codes * _MARK) << _DROPPED
+    # Code 1 is at or above the smallest number there: a negative logarithm
+    # would hide the mark, which `unpack` gives as a sign.
+    least = (_MARK << _DROPPED) + _logarithms.NORMAL
+    high = jnp.where(marked, jnp.maximum(high + above, least), high)
     high = _round_up(high)
     return ((high << _SPAN_BITS) | span).astype(jnp.uint32)
 
@@ -62,13 +63,13 @@ class Log(_logarithms.Logarithms):
     self, grid: jax.Array, zero: jax.Array
   ) -> tuple[jax.Array, jax.Array]:
     grid = grid + zero.astype(jnp.uint32)
-    span = (grid & _ODD).astype(jnp.int32)
+    span = (grid & _MARK).astype(jnp.int32)
     first = ((grid >> _SPAN_BITS).astype(jnp.int32) - span) << _DROPPED
-    # Only if all bits are ones this is a sign.
-    odd = ((span + 1) << (31 - _SPAN_BITS)) & _logarithms.SIGN
+    # One more than all ones has the bit that becomes the sign.
+    marked = ((span + 1) << (31 - _SPAN_BITS)) & _logarithms.SIGN
     step = jnp.maximum(span, 1).astype(jnp.float32)
     step *= 2**_DROPPED / (self.top - 1)
-    return first | odd, step
+    return first | marked, step
 
 
 def _round_up(log: jax.Array) -> jax.Array:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from optax_mp.formats import _ends
 from optax_mp.formats import _grids
+from optax_mp.formats import _reductions
 from optax_mp.formats import _rounding
 
 OCTAVE = 2**23
@@ -49,7 +50,9 @@ class Logarithms:
   def unpack(
     self, grid: jax.Array, zero: jax.Array
   ) -> tuple[jax.Array, jax.Array]:
-    """The logarithm at position 0, with a sign if odd, and the step's length.
+    """The logarithm at position 0 and the length of a step.
+
+    The logarithm has the sign bit set in a marked block.
 
     Args:
       grid: for each value, uint32.
@@ -66,10 +69,10 @@ class Logarithms:
     """The position of x, which may lie between two codes."""
     words = words_of(x)
     first, step = self.unpack(grid, words >> 31)
-    odd, first = first < 0, first & ~SIGN
+    marked, first = first < 0, first & ~SIGN
     steps = (logarithm(words) - first).astype(jnp.float32) / step
     position = jnp.clip(steps, 0.0, self.top)
-    return jnp.where(_rounding.is_zero(x), -1.0, position), odd
+    return jnp.where(_rounding.is_zero(x), -1.0, position), marked
 
   def below(self, position: jax.Array, grid: jax.Array) -> jax.Array:
     """The last code before a position."""
@@ -113,16 +116,16 @@ def _mantissa(words: jax.Array) -> jax.Array:
   return lax.bitcast_convert_type(mantissa, jnp.float32)
 
 
-def ends(x: jax.Array, over: _ends.Over, octaves: int) -> _ends.Ends:
-  """Words of the smallest and the largest value, and whether they are odd.
+def ends(x: jax.Array, over: _reductions.Over, octaves: int) -> _ends.Ends:
+  """Each block's ends as words, and whether it is marked.
 
-  Of values that are not zero; where all are, both are that of the smallest
-  number. The smallest is taken to be no more than some octaves below the
-  largest: a value whose gradients have ended falls without end, and would take
-  the codes of the others with it.
+  Both are the word of the smallest normal number in a block of zeros. The lower
+  end is not more than ``octaves`` below the upper one: the second moment of a
+  weight whose gradients have ended falls without end, and would leave few codes
+  to the other values of its block.
   """
-  low, high, odd = _ends.range_of(jnp.where(x < 0, jnp.nan, x), over, False)
+  low, high, marked = _ends.range_of(jnp.where(x < 0, jnp.nan, x), over, False)
   low, high = (
     jnp.maximum(words_of(x), NORMAL) for x in (jnp.minimum(low, high), high)
   )
-  return _ends.Ends(jnp.maximum(low, high - octaves * OCTAVE), high, odd)
+  return _ends.Ends(jnp.maximum(low, high - octaves * OCTAVE), high, marked)

@@ -17,6 +17,7 @@ import numpy as np
 from optax_mp.formats import _dynamic
 from optax_mp.formats import _ends
 from optax_mp.formats import _grids
+from optax_mp.formats import _reductions
 
 
 class Map(Protocol):
@@ -144,18 +145,21 @@ class Scaled:
   def reach(self) -> float:
     return 1.0
 
-  def fit(self, x: jax.Array, over: _ends.Over) -> jax.Array:
-    """The largest magnitude, float32, without the axes.
+  def fit(self, x: jax.Array, over: _reductions.Over) -> jax.Array:
+    """The largest magnitude of each block, float32, without the axes.
 
-    In an odd block a negative number, of which it is a fraction.
+    The scale of a marked block is negative, and so much larger that the largest
+    value has the last code for numbers.
     """
     if self.signed:
-      high, odd = _ends.largest(x, over)
+      high, marked = _ends.largest(x, over)
     else:
-      _, high, odd = _ends.range_of(jnp.where(x < 0, jnp.nan, x), over, False)
+      _, high, marked = _ends.range_of(
+        jnp.where(x < 0, jnp.nan, x), over, False
+      )
     last = self.map.value(jnp.int32(_grids.last(self)))
     wider = jnp.clip(high / last, _ends.LEAST, _ends.LARGEST)
-    return jnp.where(odd, -wider, high)
+    return jnp.where(marked, -wider, high)
 
   def scaled(self, x: jax.Array, scale: jax.Array) -> _grids.Relative:
     """The magnitude in units of the scale; a zero needs none."""

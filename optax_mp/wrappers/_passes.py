@@ -9,10 +9,10 @@ import jax
 from jax import lax
 
 from optax_mp._core import _barriers
-from optax_mp.formats import _ends
 from optax_mp.formats import _factored
 from optax_mp.formats import _fitted
 from optax_mp.formats import _paths
+from optax_mp.formats import _reductions
 from optax_mp.formats import _tree
 
 
@@ -57,7 +57,7 @@ def _together(
   groups = collections.defaultdict(list)
   for i, (path, leaf) in enumerate(leaves):
     tied = not isinstance(chosen[i], _factored.Factored)
-    if scales[i] is not None and tied and leaf.size >= _ends.FEW:
+    if scales[i] is not None and tied and leaf.size >= _reductions.FEW:
       groups[whose[path][1]].append(i)
   scales = list(scales)
   for group in groups.values():

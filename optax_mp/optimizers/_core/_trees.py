@@ -121,9 +121,9 @@ def zeros_along(p: chex.Array, axes: Sequence[int], *after: int) -> chex.Array:
   if isinstance(sharding, NamedSharding) and any(sharding.spec):
     specs = (*sharding.spec, *[None] * (p.ndim - len(sharding.spec)))
     spec = PartitionSpec(*(specs[i] for i in axes), *[None] * len(after))
-    return jnp.zeros(
-      shape, jnp.float32, device=NamedSharding(sharding.mesh, spec)
-    )
+    x = jnp.zeros(shape, jnp.float32, device=NamedSharding(sharding.mesh, spec))
+    # From JAX 0.12 on, where no mesh was set, a traced constant is on none.
+    return _on_mesh(x, p, axes) if jax.typeof(x).sharding.mesh.empty else x
   if not p.size:
     return jnp.zeros(shape, jnp.float32)
   kept = [i % p.ndim for i in axes]
@@ -132,6 +132,14 @@ def zeros_along(p: chex.Array, axes: Sequence[int], *after: int) -> chex.Array:
     part = part if i in kept else lax.index_in_dim(part, 0, i, keepdims=False)
   part = lax.broadcast_in_dim(part, shape, range(part.ndim))
   return _layout.lay_out_like(jnp.zeros(shape, jnp.float32), part)
+
+
+def _on_mesh(x: chex.Array, p: chex.Array, axes: Sequence[int]) -> chex.Array:
+  """``x``, sharded like some axes of a parameter on an explicit mesh."""
+  kept = [i % p.ndim for i in axes]
+  part = jnp.max(p, [i for i in range(p.ndim) if i not in kept], initial=0)
+  part = lax.broadcast_in_dim(part, x.shape, range(part.ndim))
+  return _layout.lay_out_like(x, part)
 
 
 def sharded_along(
