@@ -12,6 +12,7 @@ import numpy as np
 
 from optax_mp.formats import _base
 from optax_mp.formats import _ends
+from optax_mp.formats import _reductions
 from optax_mp.formats import _rounding
 
 # The values that are left out of means, and a power of two that keeps sums of
@@ -86,14 +87,9 @@ class Factored:
       )
     x = jnp.asarray(x, jnp.float32)
     x = jnp.where(x < 0, jnp.nan, x)
-    usual = x <= _ends.HUGE_SQUARE
-    means = [jnp.mean(jnp.where(usual, x, 0.0), axis) for axis in (-1, -2)]
-    # Without overflow, unless one of them is infinite.
-    others = jnp.where(usual, 0.0, x * _DOWN)
-    others = [jnp.mean(others, axis) for axis in (-1, -2)]
-    has_usual = jnp.any(means[0] > 0, -1, keepdims=True)
-    pairs = zip(means, others, strict=True)
-    return Factors(*(_mean(mean, rest, has_usual) for mean, rest in pairs))
+    pairs = [_means(x, axis) for axis in (-1, -2)]
+    has_usual = jnp.any(pairs[0][0] > 0, -1, keepdims=True)
+    return Factors(*(_mean(usual, rest, has_usual) for usual, rest in pairs))
 
   def encode(
     self,
@@ -119,6 +115,27 @@ class Factored:
     for i, value in enumerate(_KINDS, 1):
       product = jnp.where(kind == i, value, product)
     return product.astype(like.dtype)
+
+
+def _means(x: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
+  """Means along an axis: of the usual values, and of the others, made smaller.
+
+  The second mean is infinite only if one of its values is.
+  """
+
+  def split(x):
+    usual = x <= _ends.HUGE_SQUARE
+    return jnp.where(usual, x, 0.0), jnp.where(usual, 0.0, x * _DOWN)
+
+  def apart(x):
+    usual, others = split(x)
+    return jnp.mean(usual, axis), jnp.mean(others, axis)
+
+  def in_pairs(x):
+    both = jnp.mean(lax.complex(*split(x)), axis)
+    return lax.real(both), lax.imag(both)
+
+  return _reductions.by_size(x, one=in_pairs, two=apart, others=apart)
 
 
 def _mean(
