@@ -101,7 +101,7 @@ def step_is_finite(
   seen = len(notes.flags) >= sum(map(_is_noted, nodes))
   for x, y in zip(nodes, before, strict=True):
     if seen and _is_noted(x):
-      # A value that is finite in float32 may overflow in 16 bits; scales cannot.
+      # Arrays of 16 bits may overflow after the note in float32; scales do not.
       x, y = _halves(x), _halves(y)
     flags.append(stays(x, y))
   return every(flags)

@@ -37,7 +37,7 @@ def as_asked_for(gradients: Any, params: Any, updates: Any) -> Any:
     conditional wrappers.
 
   Raises:
-    ValueError: if so, and a 16-bit gradient differs in dtype from its parameter.
+    ValueError: if so, and a parameter's 16-bit gradient has another dtype.
   """
   if not _in_a_branch():
     return updates
