@@ -9,7 +9,8 @@ gradient they need a 16-bit update, where ``compensated`` has a float32 one.
 The difference of two 16-bit parameters fits into 16 bits if one is at most
 twice the other. If a weight more than halves or doubles in a step, the update
 is rounded, so that the sum may miss the new parameter by half a unit in the
-last place of the update. The state keeps the residual of the new parameter.
+last place of the update. The state keeps the residual of the new parameter, so
+the float32 weight is then off by as much.
 """
 
 import functools
