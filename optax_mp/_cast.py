@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parameters in 16 bits: the cast before training."""
+"""Casts parameters to 16 bits before training."""
 
 import re
 from typing import Any
@@ -20,30 +20,30 @@ def cast(
   dtype: Any = jnp.bfloat16,
   keep_float32: str | re.Pattern[str] | None = None,
 ) -> optax.Params:
-  """Parameters in another dtype, all but those that a pattern keeps.
+  """Casts parameters to bfloat16, or to another float dtype, for training.
 
-  Take it once, between the initialisation of a model and that of its
-  optimizer: ``params = cast(params)``, ``state = tx.init(params)``.
+  Call it once, after the model is initialized and before the optimizer is:
+  ``params = cast(params)``, then ``state = tx.init(params)``.
 
   Args:
-    params: any pytree: dicts, an ``nnx.State``, Flax's boxes, an Equinox module
-      or a Haiku tree; of arrays or of ``jax.ShapeDtypeStruct``.
-    dtype: of 16 bits or more: bfloat16, float16 for GPUs that have no bfloat16,
-      float32 to go back.
-    keep_float32: a regular expression: parameters in whose path it is found
-      (``'norm|bias|embed'``; a path is ``'layer/kernel'``) stay what they are.
+    params: any pytree of arrays or of ``jax.ShapeDtypeStruct``: dicts, an
+      ``nnx.State``, Flax's boxes, an Equinox module or a Haiku tree.
+    dtype: a float dtype of 16 bits or more: bfloat16, float16 for GPUs that
+      have no bfloat16, float32 to go back.
+    keep_float32: a regular expression such as ``'norm|bias|embed'``. Parameters
+      keep their dtype if it is found in their path (``'layer/kernel'``).
 
   Returns:
     The same tree, with its boxes, Variables and their metadata. Integers,
     bools, typed keys, complex numbers, None, Python numbers, functions, floats
-    of 8 bits and less, and what a format stores stay what they are.
+    of 8 bits and less, and arrays that a format stored are not changed.
 
   Raises:
-    ValueError: for a dtype that is no float of 16 bits or more, and for a
-      pattern that is none.
+    ValueError: if ``dtype`` is not a float of 16 bits or more, or if
+      ``keep_float32`` is not a regular expression.
 
   Warns:
-    UserWarning: if the pattern is found in no path.
+    UserWarning: if ``keep_float32`` is found in no path.
 
   Examples:
     >>> import jax, jax.numpy as jnp, optax_mp
@@ -52,8 +52,8 @@ def cast(
     >>> jax.tree.map(lambda x: str(x.dtype), half)
     {'kernel': 'bfloat16', 'norm': 'float32'}
 
-  **Caveats:** the cast rounds. To start from float32 weights without that, take
-  ``checkpoint.from_float32``, which puts what is rounded into the state.
+  **Caveats:** the cast rounds. To start from float32 weights without that loss,
+  take ``checkpoint.from_float32``: its state keeps the rounding errors.
   """
   dtype = _checked(dtype)
   kept = _patterns.compiled(keep_float32)
@@ -62,7 +62,7 @@ def cast(
   def one(path, x):
     if not _is_wide_float(x):
       return x
-    # Flax NNX and Linen add an attribute to the path, which is no name.
+    # Variables and boxes of Flax add an attribute to the path; it is left out.
     names.append(_paths.path_str(path, in_variables=True))
     return x if kept and kept.search(names[-1]) else _cast(x, dtype)
 
@@ -78,7 +78,7 @@ def cast(
 
 
 def _checked(dtype: Any) -> Any:
-  try:  # None is NumPy's float64, and float is that too
+  try:  # NumPy takes None for float64; here it is refused
     found = None if dtype is None else jax.dtypes.canonicalize_dtype(dtype)
   except TypeError:
     found = None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hyperparameters in the state, where they can be read, changed, scheduled."""
+"""Keeps hyperparameters in the state, to read, change or schedule them."""
 
 from collections.abc import Callable, Iterable
 import functools
@@ -16,15 +16,15 @@ from optax_mp._core import _hyperparams
 
 
 class InjectedState(NamedTuple):
-  """Hyperparameters, and the state of what they were given to.
+  """Hyperparameters, and the state of the optimizer that uses them.
 
-  Named so that ``optax.tree_utils.tree_get`` finds a rate, a count or a moment
-  once: Optax's own state has counts of its own.
+  The counter is called ``step``, since the inner state has its own ``count``:
+  ``optax.tree_utils.tree_get`` finds a rate, a count or a moment only once.
   """
 
   hyperparams: dict[str, chex.Array]  # float32 scalars, by name
-  hyperparams_states: dict[str, Any]  # of schedules that have one
-  step: chex.Array  # (), int32: updates so far, for the other schedules
+  hyperparams_states: dict[str, Any]  # of schedules that have a state
+  step: chex.Array  # (), int32: updates so far, for all other schedules
   inner_state: optax.OptState
 
 
@@ -35,24 +35,25 @@ def inject_hyperparams(
   """Keeps hyperparameters in the state, in float32.
 
   Take it to log the learning rate, to change it in mid-run, or to schedule any
-  number that an optimizer has. It is ``optax.inject_hyperparams`` that knows
-  which arguments of a recipe decide on the program, and does not round the
-  others to the dtype of the parameters.
+  numeric hyperparameter. It works like ``optax.inject_hyperparams``, but knows
+  which arguments of a recipe must be static, and does not round the others to
+  the dtype of the parameters.
 
   Args:
     factory: a recipe or an optimizer of this library, or any function that
-      makes a transformation. The keyword arguments that are numbers, and those
-      that are schedules, become hyperparameters.
-    static_args: names of arguments that stay what they are, beside those that
-      ``factory.static_args`` names; functions that are no schedules.
+      makes a transformation. Its arguments that are numbers or schedules become
+      hyperparameters.
+    static_args: names of further arguments that stay as they are, beside
+      ``factory.static_args``. Name functions that are not schedules here.
 
   Returns:
-    A function of the same arguments, schedules in place of any number among
-    them. It makes a transformation whose state has a dict ``hyperparams``.
+    A function of the same arguments, which takes a schedule for any number that
+    is not static. It makes a transformation whose state has a dict
+    ``hyperparams``.
 
   Raises:
-    ValueError: for names that ``factory`` does not have; for a schedule in the
-      place of a number that decides on the program.
+    ValueError: if ``factory`` has no argument of a name in ``static_args``, or
+      if a static number is given as a schedule.
 
   Examples:
     >>> import jax.numpy as jnp, optax, optax_mp
@@ -69,10 +70,10 @@ def inject_hyperparams(
     >>> print(state.hyperparams['weight_decay'])
     0.2
 
-  **Caveats:** a number that is scheduled cannot be set. A decay by which a
-  recipe chooses a format (``b1`` of ``adamw_8bit``) is static. It belongs
-  outside of everything else: what is wrapped around it hides ``hyperparams``
-  from clients that look for the attribute.
+  **Caveats:** a hyperparameter with a schedule cannot be set by hand: the next
+  update overwrites it. A decay by which a recipe chooses a format (``b1`` of
+  ``adamw_8bit``) is static. No other wrapper should be around this one, since
+  it would hide ``hyperparams`` from clients that look for the attribute.
   """
   parameters = inspect.signature(factory).parameters
   static_args = [static_args] if isinstance(static_args, str) else static_args
@@ -85,7 +86,7 @@ def inject_hyperparams(
 
   @functools.wraps(factory, updated=())
   def make(*args, **kwargs):
-    # Not `bind` of our own signatures, which makes arrays of numbers.
+    # A plain signature: `bind` of our own ones turns numbers into arrays.
     bound = inspect.Signature(list(parameters.values())).bind(*args, **kwargs)
     bound.apply_defaults()
     _check_static(parameters, static, bound.arguments)
@@ -95,9 +96,9 @@ def inject_hyperparams(
 
 
 class _Kinds(NamedTuple):
-  """The arguments of a factory, by what is done with them."""
+  """The arguments of a factory, sorted by their treatment."""
 
-  args: tuple[Any, ...]  # of `*args`
+  args: tuple[Any, ...]  # the values of `*args`
   others: dict[str, Any]
   numbers: dict[str, Any]
   schedules: dict[str, Any]
@@ -181,7 +182,7 @@ def _check_static(parameters: Any, static: set[str], values: Any) -> None:
 
 
 def _arrays(numbers: dict[str, Any]) -> dict[str, Any]:
-  """Floats in float32, whatever they are given in; integers as they are."""
+  """The numbers as arrays: floats in float32, integers in their own dtype."""
 
   def array(x):
     dtype = jnp.asarray(x).dtype

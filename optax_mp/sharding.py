@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the arrays of an optimizer's state lie on a mesh."""
+"""Shardings of an optimizer's state, from the shardings of its parameters."""
 
 from typing import Any
 
@@ -18,11 +18,11 @@ from optax_mp.formats import _paths
 def state_shardings(
   tx: optax.GradientTransformation, params: optax.Params, shardings: Any
 ) -> Any:
-  """The shardings of a state, given those of the parameters.
+  """Gives the shardings of a state, from the shardings of the parameters.
 
   Take it for ``jax.jit(tx.init, out_shardings=...)``, for ``jax.device_put``
-  and for the abstract target of an Orbax restore. ``tx.init(params)`` on
-  sharded parameters lies like this without it.
+  and for the abstract target of an Orbax restore. A plain ``tx.init(params)``
+  needs no help: if the parameters are sharded, its state is sharded like this.
 
   Args:
     tx: any transformation, of this library or of Optax.
@@ -32,14 +32,14 @@ def state_shardings(
 
   Returns:
     A tree of shardings like ``tx.init(params)``. Arrays with a parameter's
-    shape lie like the parameter. Other arrays are cut along the axes that they
-    share with it, where the optimizer cuts them on a mesh with explicit axes:
-    rows like rows, block scales like columns where whole blocks remain. All
-    other axes are replicated.
+    shape are sharded like the parameter. Other arrays are sharded along the
+    axes that they share with it, as on a mesh with explicit axes: rows like
+    rows, block scales like columns if no block is cut. All other axes are
+    replicated.
 
   Raises:
-    ValueError: if ``shardings`` has another structure than ``params``, holds
-      something else than shardings, or those of several meshes.
+    ValueError: if ``shardings`` has another structure than ``params``, contains
+      anything but shardings, or contains shardings of several meshes.
 
   Examples:
     >>> import jax, jax.numpy as jnp, optax_mp
@@ -66,10 +66,10 @@ def state_shardings(
 
 
 def _as_explicit(tx: Any, params: Any, places: list[Any]) -> list[Any]:
-  """The shardings of the state's arrays, by their types on explicit axes.
+  """The shardings that the state's arrays would have on explicit axes.
 
-  There JAX follows each axis through the program of ``tx.init``. Nothing is
-  compiled, and no device is needed.
+  On such a mesh JAX follows each axis through the program of ``tx.init``.
+  Nothing is compiled, and no device is needed.
   """
   mesh = places[0].mesh
   kinds = (AxisType.Explicit,) * len(mesh.axis_names)
@@ -91,7 +91,7 @@ def _as_explicit(tx: Any, params: Any, places: list[Any]) -> list[Any]:
 
 
 def _places(shardings: Any, params: Any) -> list[Any]:
-  """The sharding of each parameter, in their order."""
+  """The sharding of each parameter, in the order of the leaves."""
   treedef = jax.tree.structure(params)
   if isinstance(shardings, jax.sharding.Sharding):
     return [shardings] * treedef.num_leaves

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every part leans on; it imports nothing of ours."""
+"""Helpers for all parts of the package; they import no other part."""

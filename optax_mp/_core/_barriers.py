@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The same array, of which a compiler does not know that it is the same.
+"""Hides from a compiler that two arrays are the same.
 
-Of two steps that begin alike XLA keeps all that they have in common, in
-float32, from the first to the second. Told apart, they are computed twice.
+If two steps begin alike, XLA keeps their common results, in float32, from the
+first step to the second. It computes them twice if the inputs seem to differ.
 """
 
 from typing import Any
@@ -13,10 +13,10 @@ import jax.numpy as jnp
 
 
 def told_apart(tree: Any) -> Any:
-  """The tree, its arrays told apart; XLA:CPU computes all twice anyway.
+  """Copies that a compiler cannot recognise; XLA:CPU does not need them.
 
   Args:
-    tree: what is no array, or an array of typed keys, stays as it is.
+    tree: any pytree. Typed keys, and leaves that are no arrays, stay the same.
 
   Returns:
     The same values.

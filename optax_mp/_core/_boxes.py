@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Boxes: pytree nodes that give the axes of the array inside them names.
+"""Boxes: pytree nodes that name the axes of the array inside them.
 
 Flax Linen boxes parameters (``nn.Partitioned``, ``nn.LogicallyPartitioned``),
-Flax NNX keeps them in Variables with metadata. A box is recognised by its
+and Flax NNX keeps them in Variables with metadata. A box is recognised by its
 methods, since the package does not import Flax.
 """
 
@@ -11,8 +11,8 @@ from typing import Any
 
 import jax
 
-LINEN = ('unbox', 'replace_boxed')  # of flax.core.meta.AxisMetadata
-NNX = ('get_metadata', 'set_metadata')  # of flax.nnx.Variable
+LINEN = ('unbox', 'replace_boxed')  # methods of flax.core.meta.AxisMetadata
+NNX = ('get_metadata', 'set_metadata')  # methods of flax.nnx.Variable
 
 
 def is_box(x: Any) -> bool:
@@ -45,7 +45,7 @@ def box_like(boxed: Any, tree: Any) -> Any:
 
   Args:
     boxed: the tree with the boxes.
-    tree: one without, otherwise of the same structure.
+    tree: a tree without boxes, otherwise of the same structure.
   """
   nodes, treedef = jax.tree.flatten(boxed, is_leaf=is_box)
   values = treedef.flatten_up_to(tree)

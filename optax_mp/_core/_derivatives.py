@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Derivatives through what is stored: an error, where JAX would return 0.
+"""Refuses derivatives through stored arrays, where JAX would return 0.
 
-Formats round by integer bits, and JAX takes the derivative of integers for 0.
-So the gradient of a loss in the learning rate, through some steps of training,
-would be 0 without a word.
+Formats round by integer operations, whose derivative is 0 in JAX. Without an
+error, the derivative of a loss with respect to the learning rate, through some
+steps of training, would silently be 0.
 """
 
 import functools
@@ -16,12 +16,12 @@ import jax.numpy as jnp
 
 
 def refused(tree: Any) -> Any:
-  """The tree as it is; differentiated, its floats raise a ValueError.
+  """The same tree, whose floats raise a ValueError if they are differentiated.
 
   It costs nothing at run time: the compiler sees the identity.
 
   Args:
-    tree: of arrays that integer arithmetic comes next for.
+    tree: the arrays that integer operations read next.
 
   Returns:
     The same values.

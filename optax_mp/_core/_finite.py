@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a step makes something infinite or NaN that was finite before.
+"""Checks whether a step makes a finite value infinite or NaN.
 
-A state is looked at in float32, before it is stored: integer codes cannot be
-NaN, and a format may keep an infinity as its largest number. So whoever stores
-a state notes it while the step is traced, and whoever guards the step collects
-the notes.
+A state is checked in float32, before it is stored: integer codes cannot be NaN,
+and a format may keep an infinity as its largest number. Therefore the wrapper
+that stores a state makes a note of it while the step is traced, and the guard
+of the step collects these notes.
 """
 
 import abc
@@ -20,11 +20,11 @@ from optax_mp._core import _traces
 
 
 class Noted(abc.ABC):  # noqa: B024, nothing to implement: it is a mark
-  """Marks states that are noted whenever they are made: one note for each."""
+  """Marks the types of states that always make a note: one per state."""
 
 
 class Notes:
-  """What was noted of one step in one trace: flags, one for each state."""
+  """The notes of one step in one trace: one flag per state."""
 
   def __init__(self):
     self.trace = _traces.current()
@@ -38,7 +38,7 @@ _collecting: contextvars.ContextVar[tuple[Notes, ...]] = contextvars.ContextVar(
 
 @contextlib.contextmanager
 def collected() -> Iterator[Notes]:
-  """Within it, :func:`note` writes into what it gives, too."""
+  """Within this context, :func:`note` also adds to the notes that it yields."""
   notes = Notes()
   token = _collecting.set((*_collecting.get(), notes))
   try:
@@ -49,7 +49,7 @@ def collected() -> Iterator[Notes]:
 
 @contextlib.contextmanager
 def unnoticed() -> Iterator[None]:
-  """Within it, nothing is noted: a step that was looked at already."""
+  """Within this context nothing is noted: the step has been checked already."""
   token = _collecting.set(())
   try:
     yield
@@ -58,15 +58,15 @@ def unnoticed() -> Iterator[None]:
 
 
 def note(new: Any, old: Callable[[], Any]) -> None:
-  """Notes a new state for those who guard this step.
+  """Notes for the guards of this step whether a new state stays finite.
 
   Args:
     new: the state in float32, before it is stored.
-    old: returns the one before, in float32.
+    old: a function that returns the state before the step, in float32.
   """
   here = _traces.current() if _collecting.get() else None
-  # A flag must not leave its trace: in a branch or a `vmap` between the two,
-  # the guard has to look at what is stored.
+  # A flag must not leave its trace. If the state is made inside a branch or a
+  # `vmap`, the guard around it checks the stored arrays instead.
   for notes in _collecting.get():
     if notes.trace == here:
       notes.flags.append(stays(new, old()))
@@ -78,16 +78,16 @@ def step_is_finite(
   state: Any,
   params: Any,
 ) -> jax.Array:
-  """Whether gradients, and all that a step makes of them, stay finite.
+  """Whether gradients are finite, and finite values stay finite in a step.
 
   Args:
-    update: ``update(gradients, state, params)``, of a transformation.
-    gradients: of this step.
-    state: before it.
-    params: before it, or None.
+    update: ``update(gradients, state, params)`` of a transformation.
+    gradients: the gradients of this step.
+    state: the state before the step.
+    params: the parameters before the step, or None.
 
   Returns:
-    A flag. What was infinite or NaN before the step does not count.
+    A flag. Parameters and states that were not finite before do not count.
   """
   with collected() as notes:
     updates, new = update(gradients, state, params)
@@ -101,7 +101,7 @@ def step_is_finite(
   seen = len(notes.flags) >= sum(map(_is_noted, nodes))
   for x, y in zip(nodes, before, strict=True):
     if seen and _is_noted(x):
-      # Finite in float32, it may be too large for 16 bits. Scales need none.
+      # Arrays of 16 bits may overflow after the note in float32; scales do not.
       x, y = _halves(x), _halves(y)
     flags.append(stays(x, y))
   return every(flags)
@@ -124,18 +124,18 @@ def all_finite(tree: Any) -> jax.Array:
 
 
 def every(flags: list[jax.Array]) -> jax.Array:
-  """True if all of them are."""
+  """True if all flags are true."""
   return jnp.all(jnp.stack(flags)) if flags else jnp.ones((), jnp.bool)
 
 
 def is_float(x: Any) -> bool:
-  """Whether it has real or complex values that can be infinite."""
+  """Whether ``x`` has real or complex values that can be infinite."""
   dtype = getattr(x, 'dtype', type(x))
   return jnp.issubdtype(dtype, jnp.inexact)
 
 
 def _wide(x: Any) -> jax.Array:
-  """In float32 where it has fewer bits: fp8 has no test of its own."""
+  """``x``, in float32 if it has fewer bits: fp8 has no test of its own."""
   x = jnp.asarray(x)
   return x.astype(jnp.float32) if x.dtype.itemsize < 4 else x
 
@@ -153,7 +153,7 @@ def _is_noted(x: Any) -> bool:
 
 
 def _sum(param: Any, update: Any) -> Any:
-  """As ``optax.apply_updates`` adds; what is no float does not matter."""
+  """The sum as ``optax.apply_updates`` computes it; only floats matter."""
   if not (is_float(param) and is_float(update)):
     return param
   with jax.numpy_dtype_promotion('standard'):

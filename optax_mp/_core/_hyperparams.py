@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hyperparameters that arrive as arrays: all of their 32 bits, or an error.
+"""Keeps hyperparameters in 32 bits, and refuses those that were rounded.
 
-``optax.inject_hyperparams`` makes arrays of them, in the dtype of the
-parameters unless told otherwise. In bfloat16 a decay of 0.999 is 1, and a
-second moment that never grows divides by zero.
+``optax.inject_hyperparams`` turns numbers into arrays, in the dtype of the
+parameters unless told otherwise. In bfloat16 a decay of 0.999 is 1. The second
+moment then stays zero, and the optimizer divides by zero.
 """
 
 from collections.abc import Callable, Iterable
@@ -20,8 +20,8 @@ from optax_mp._core import _boxes
 _P = ParamSpec('_P')
 _R_co = TypeVar('_R_co', covariant=True)
 
-# Names that decide what the program is, wherever a function has them: shapes,
-# branches, dtypes, and functions, which Optax would take for schedules.
+# Arguments with these names are static in every function: they are shapes,
+# branches, dtypes, or functions, which Optax would take for schedules.
 STATIC = frozenset({
   'accumulator_dtype',
   'axis',
@@ -52,7 +52,7 @@ STATIC = frozenset({
 class Factory(Protocol[_P, _R_co]):
   """A function of hyperparameters that makes a transformation."""
 
-  # Those that `optax.inject_hyperparams` must leave alone.
+  # Names of arguments that `optax.inject_hyperparams` must leave alone.
   static_args: tuple[str, ...]
 
   def __call__(self, *args: _P.args, **kwargs: _P.kwargs) -> _R_co:
@@ -63,13 +63,13 @@ class Factory(Protocol[_P, _R_co]):
 def factory(
   *static: str, decays: tuple[str, ...] = ()
 ) -> Callable[[Callable[_P, _R_co]], Factory[_P, _R_co]]:
-  """Refuses rounded hyperparameters, and names those that are static.
+  """Refuses rounded hyperparameters, and lists the static ones by name.
 
   Args:
-    *static: names of this function that decide what the program is, beside
-      those that always do.
-    decays: names of numbers by which it chooses a format; they are static
-      even if ``optax.inject_hyperparams`` is not told so.
+    *static: names of arguments of this function that are static, beside the
+      names in ``STATIC``.
+    decays: names of numbers by which the function chooses a format. They are
+      static even if ``optax.inject_hyperparams`` is not told so.
 
   Returns:
     A decorator.
@@ -83,7 +83,7 @@ def factory(
     def checked(*args: Any, **kwargs: Any) -> Any:
       for name, value in [*zip(names, args, strict=False), *kwargs.items()]:
         check_32_bits(name, value)
-      # Masks may be boxed like the parameters, which optimizers see alone.
+      # Masks may be boxed like the parameters; optimizers see no boxes.
       if _boxes.has_boxes(args, kwargs):
         args, kwargs = _boxes.unbox((args, kwargs))
       return function(*args, **kwargs)
@@ -116,41 +116,41 @@ def check_32_bits(name: str, value: Any) -> None:
 class _Signature(inspect.Signature):
   """A signature that binds numbers in float32, for ``inject_hyperparams``.
 
-  Optax binds what its caller passes to the signature, and afterwards casts
-  numbers, but no arrays of a dtype of their own.
+  Optax binds its caller's arguments to the signature, and then casts numbers,
+  but not arrays that have a dtype of their own.
   """
 
   static: frozenset[str] = STATIC
   decays: Iterable[str] = ()
 
   def bind(self, *args: Any, **kwargs: Any) -> inspect.BoundArguments:
-    """As that of any signature, with numbers and schedules in float32."""
+    """Binds as any signature does, with numbers and schedules in float32."""
     bound = super().bind(*args, **kwargs)
     bound.apply_defaults()
     for name, value in bound.arguments.items():
       if name in self.decays and isinstance(value, float):
-        # A number to us and none to Optax, which leaves it alone.
+        # Optax does not take this for a number, and leaves it alone.
         bound.arguments[name] = np.float32(value)
       elif name not in self.static:
         bound.arguments[name] = in_float32(value)
     return bound
 
   def replace(self, **changes: Any) -> '_Signature':  # type: ignore[override]
-    """As that of any signature: ``functools.partial`` asks for it."""
+    """Replaces as any signature does; ``functools.partial`` calls it."""
     new = super().replace(**changes)
     new.static, new.decays = self.static, self.decays
     return new
 
 
 def in_float32(value: Any) -> Any:
-  """A number as an array of float32; a schedule that returns one.
+  """Makes a float32 array of a number, and of each value of a schedule.
 
   Args:
-    value: of a hyperparameter. What is neither stays as it is, an array that
-      has a dtype of its own, too.
+    value: a hyperparameter. JAX arrays with a dtype of their own stay as they
+      are, and so do values that are neither numbers nor schedules.
 
   Returns:
-    It, so that Optax does not cast it.
+    The new value, which Optax does not cast.
   """
   if is_stateful(value):
     return _Schedule(value)
@@ -165,7 +165,7 @@ def in_float32(value: Any) -> Any:
 
 
 def is_stateful(value: Any) -> bool:
-  """Whether it is one of Optax's schedules with a state."""
+  """Whether ``value`` is one of Optax's schedules with a state."""
   return callable(value) and hasattr(value, 'init') and hasattr(value, 'update')
 
 

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Regular expressions that name parameters by their paths."""
+"""Regular expressions that select parameters by their paths."""
 
 import re
 from typing import Any
 
 
 def compiled(keep_float32: Any) -> re.Pattern[str] | None:
-  """The pattern, None for None, or a ValueError for what is none."""
+  """The compiled pattern, or None for None; a ValueError if it is invalid."""
   if keep_float32 is None:
     return None
   try:

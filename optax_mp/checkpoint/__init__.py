@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints: to and from float32, plain Optax states, and other formats."""
+"""Converts checkpoints: to and from float32, plain Optax and other formats."""
 
 from optax_mp.checkpoint._arrays import from_arrays as from_arrays
 from optax_mp.checkpoint._arrays import to_arrays as to_arrays

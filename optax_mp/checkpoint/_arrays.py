@@ -13,24 +13,24 @@ from optax_mp._core import _boxes
 from optax_mp.checkpoint import _flat
 from optax_mp.checkpoint import _rebuild
 
-# Stands between a name and the dtype of an array that NumPy has no dtype for.
+# Separates an array's name from its dtype, if NumPy does not have that dtype.
 _MARK = ':'
-_KEY = 'key_'  # and the name of its implementation
+_KEY = 'key_'  # marks typed keys; the name of their implementation follows
 
 
 def to_arrays(state: Any) -> dict[str, np.ndarray]:
-  """A state as named NumPy arrays, for ``numpy.savez`` or safetensors.
+  """Turns a state into NumPy arrays with names, for ``numpy.savez`` and others.
 
-  Take it where a file format knows neither pytrees nor dtypes such as int4,
-  bfloat16 and fp8. No pickle is needed to read the file.
+  Take it for a file format, such as safetensors, that knows neither pytrees nor
+  dtypes such as int4, bfloat16 and fp8. Reading the file needs no pickle.
 
   Args:
-    state: any state, or parameters; arrays that this process can read.
+    state: any state, or parameters, with arrays that this process can read.
 
   Returns:
-    Arrays by name, such as ``'0/mu/w/codes'``. An array whose dtype NumPy does
-    not have is viewed as unsigned integers of the same width, int4 one byte
-    each, and its name ends with its dtype: ``'0/mu/w/codes:int4'``.
+    Arrays by name, such as ``'0/mu/w/codes'``. If NumPy does not have an
+    array's dtype, it is viewed as unsigned integers of the same width (int4: as
+    bytes), and its name ends with the dtype: ``'0/mu/w/codes:int4'``.
 
   Examples:
     >>> import jax.numpy as jnp, optax_mp
@@ -49,18 +49,18 @@ def from_arrays(
   params: optax.Params,
   arrays: Mapping[str, np.ndarray],
 ) -> Any:
-  """The state that :func:`to_arrays` took apart.
+  """Rebuilds the state that :func:`to_arrays` turned into NumPy arrays.
 
   Args:
     tx: the transformation that made the state.
     params: the parameters, or their shapes and dtypes.
-    arrays: what :func:`to_arrays` returned, read from a file.
+    arrays: the result of :func:`to_arrays`, read from a file.
 
   Returns:
     A state of ``tx``.
 
   Raises:
-    ValueError: as :func:`rebuild` does.
+    ValueError: for the same reasons as :func:`rebuild`.
 
   Examples:
     >>> import jax.numpy as jnp, optax_mp
@@ -82,7 +82,7 @@ def _viewed(name: str, x: Any) -> tuple[str, np.ndarray]:
     return f'{name}{_MARK}{kind}', np.asarray(jax.random.key_data(x))
   x = np.asarray(x)
   if x.dtype.isbuiltin == 1:
-    # A name with a mark of its own gets another, which is then the last.
+    # If the name contains the mark, the dtype is added: the last mark counts.
     return f'{name}{_MARK}{x.dtype.name}' if _MARK in name else name, x
   mark = f'{name}{_MARK}{x.dtype.name}'
   return mark, np.asarray(x, order='C').view(f'u{x.dtype.itemsize}')

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""States of one transformation, for another one around the same optimizer."""
+"""Converts states between transformations that wrap the same optimizer."""
 
 from typing import Any
 
@@ -18,10 +18,10 @@ from optax_mp.formats import _leaves
 def to_optax(
   tx: optax.GradientTransformation, state: Any, params: optax.Params
 ) -> Any:
-  """The state that Optax would have without this library's wrappers.
+  """Gives the state that Optax would have without this library's wrappers.
 
   Take it to leave this library, to look at moments as float32 arrays, or to
-  compare two runs. :func:`convert` goes from format to format without holding
+  compare two runs. To change formats, take :func:`convert`, which never holds
   the whole state in float32.
 
   Args:
@@ -31,8 +31,8 @@ def to_optax(
 
   Returns:
     The state of the transformation inside :func:`compensated` and
-    :func:`compressed`, every array decoded to float32. Residuals of parameters
-    are not in it: :func:`to_float32` adds them to the parameters.
+    :func:`compressed`, with all stored arrays decoded to float32. It has no
+    residuals of parameters: :func:`to_float32` adds them to the parameters.
 
   Raises:
     ValueError: if ``tx`` did not make ``state``.
@@ -55,22 +55,22 @@ def to_optax(
 def from_optax(
   tx: optax.GradientTransformation, plain_state: Any, params: optax.Params
 ) -> Any:
-  """The state of ``tx`` that stands for a plain Optax state.
+  """Turns a plain Optax state into a state of ``tx``.
 
-  Take it to go on with a run of plain Optax, with parameters that have their
-  final dtype already. :func:`convert` also cuts float32 parameters.
+  Take it to continue a run of plain Optax, if the parameters already have their
+  final dtype. :func:`convert` also cuts float32 parameters to 16 bits.
 
   Args:
     tx: a transformation of this library.
     plain_state: the state of the Optax transformation that ``tx`` wraps.
-    params: the parameters, as ``tx`` will train them.
+    params: the parameters that ``tx`` will train, in their final dtype.
 
   Returns:
     A state of ``tx``. The residuals of 16-bit parameters are zeros, as after
     ``tx.init(params)``.
 
   Raises:
-    ValueError: if ``plain_state`` is not one of the transformation in ``tx``.
+    ValueError: if ``plain_state`` is not a state of the optimizer in ``tx``.
 
   Examples:
     >>> import jax.numpy as jnp, optax, optax_mp
@@ -96,29 +96,30 @@ def convert(
   params: optax.Params,
   dtype: Any = None,
 ) -> tuple[optax.Params, Any]:
-  """Goes on with a run under another recipe, format or residual width.
+  """Continues a run with another recipe, format or residual width.
 
   Take it for a checkpoint that another recipe saved (8 -> 4 bits), after a
   change of a setting that decides a format (16 -> 8 residual bits), and in the
-  middle of a run (``optax.adamw`` -> ``adamw_8bit``). Each array is decoded and
-  stored again by itself, so the whole state never exists in float32.
+  middle of a run (``optax.adamw`` -> ``adamw_8bit``). Arrays are decoded and
+  stored again one at a time, so the whole state never exists in float32.
 
   Args:
     old_tx: the transformation that made ``state``, of this library or of Optax.
-    new_tx: the transformation to go on with, around the same optimizer.
+    new_tx: the transformation to continue with, around the same optimizer.
     state: the state of ``old_tx``.
-    params: the parameters in training, arrays.
-    dtype: the dtype of the new parameters, or a tree of dtypes, as
-      :func:`from_float32` takes it; None: each keeps its own.
+    params: the parameters in training; they must be arrays.
+    dtype: the dtype of the new parameters, or a tree of dtypes, as in
+      :func:`from_float32`. With None, each parameter keeps its dtype.
 
   Returns:
-    ``(params, state)`` to train on with ``new_tx``. Parameters stand for the
-    same float32 weights as before, rounded to nearest where the new residual
-    has fewer bits.
+    ``(params, state)`` to continue with ``new_tx``. Parameters and residuals
+    together hold the same float32 weights as before, rounded to nearest if the
+    new residual has fewer bits.
 
   Raises:
     ValueError: if the optimizers inside differ, if ``old_tx`` did not make
-      ``state``, or if residuals would be lost because ``new_tx`` has none.
+      ``state``, or if residuals would be lost because no ``compensated`` in
+      ``new_tx`` keeps them.
 
   Examples:
     >>> import jax.numpy as jnp, optax, optax_mp
@@ -131,9 +132,9 @@ def convert(
     >>> print(params['w'].dtype, type(state).__name__)
     bfloat16 CompensatedState
 
-  **Caveats:** codes are rounded anew, so ``convert`` there and back loses what
-  the smaller format cannot keep. It works under ``jit``, where XLA may keep
-  several arrays in float32 at once; call it eagerly for the smallest peak.
+  **Caveats:** codes are rounded again, so a conversion to a smaller format and
+  back loses precision. ``convert`` works under ``jit``, where XLA may keep
+  several arrays in float32 at once; for the lowest peak, call it outside.
   """
   bare = _leaves.checked(_boxes.unbox(params), 'params')
   state = _boxes.unbox(state)
@@ -150,9 +151,9 @@ def convert(
 
 
 def _with_counts(new: Any, old: Any) -> Any:
-  """The new state, its noise going on where that of the old one ended.
+  """The new state with the noise counts of the old one, so no noise repeats.
 
-  Only where both have the same wrappers: others count from their first step.
+  Only states of the same wrappers share counts: others start to count anew.
   """
   counts = _counts(old)
   if len(counts) != len(_counts(new)):

@@ -13,7 +13,7 @@ _ARRAYS = (jax.Array, jax.ShapeDtypeStruct, np.ndarray)
 
 
 def leaf_dtypes(params32: Any, dtype: Any) -> list[Any]:
-  """The dtype that each leaf shall have; integers keep theirs."""
+  """The new dtype of each leaf; leaves that are not floats keep their dtype."""
   leaves, treedef = jax.tree.flatten(params32)
   if jax.tree_util.all_leaves([dtype]):
     wanted = [dtype] * len(leaves)
@@ -26,7 +26,7 @@ def leaf_dtypes(params32: Any, dtype: Any) -> list[Any]:
 
 
 def _float_dtype(want: Any) -> Any:
-  """A dtype, or that of an array, if it is one a parameter can have."""
+  """``want``, or its dtype if it is an array; a ValueError for others."""
   known = {jnp.dtype(d) for d in (jnp.bfloat16, jnp.float16, jnp.float32)}
   try:
     dtype = want.dtype if isinstance(want, _ARRAYS) else jnp.dtype(want)

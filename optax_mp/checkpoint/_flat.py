@@ -5,18 +5,18 @@ from typing import Any
 
 import jax
 
-# Flax NNX keeps each array in a Variable, Linen some in a box.
+# Attributes in which a Variable of Flax NNX or a box of Linen keeps its array.
 _BOXED = ('value', 'raw_value')
 
 
 def names(tree: Any) -> list[str]:
-  """The name of each leaf, ``'0/mu/layer/kernel/codes'``, in their order."""
+  """The name of each leaf, such as ``'0/mu/layer/kernel/codes'``, in order."""
   paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
   return list(map(name, paths))
 
 
 def by_name(tree: Any, argument: str) -> dict[str, Any]:
-  """Leaves by name; a ValueError if two have the same."""
+  """Leaves by name; a ValueError if two leaves have the same name."""
   found = dict(zip(names(tree), jax.tree.leaves(tree), strict=True))
   if len(found) < len(jax.tree.leaves(tree)):
     raise ValueError(

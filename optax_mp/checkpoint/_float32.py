@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Float32 parameters out of a training run, and into a fresh one."""
+"""Takes float32 parameters out of a training run, and starts runs from them."""
 
 from typing import Any
 import warnings
@@ -19,7 +19,9 @@ from optax_mp.wrappers import _residual
 
 
 def to_float32(params: optax.Params, state: optax.OptState) -> optax.Params:
-  """The float32 parameters that 16-bit ones and their residuals stand for.
+  """Joins 16-bit parameters and their residuals to float32 parameters.
+
+  Take it to evaluate, average or publish the float32 weights of a run.
 
   Args:
     params: the parameters in training.
@@ -28,12 +30,14 @@ def to_float32(params: optax.Params, state: optax.OptState) -> optax.Params:
       ``to_float32(nnx.state(model, nnx.Param), optimizer.opt_state)``.
 
   Returns:
-    A tree like ``params``, 16-bit leaves as float32: bit for bit the master
-    weights where the residual has 16 bits, within 2^-15 of them where it has 8,
-    the parameter itself where there is none.
+    A tree like ``params``, with 16-bit leaves in float32. With 16 residual bits
+    they are the master weights, bit for bit. With 8 bits they are within 2^-15
+    of the master weights, relative to their size. Without residual bits they
+    are the parameters themselves.
 
   Raises:
-    ValueError: if the residuals do not fit ``params``, or there are none.
+    ValueError: if the residuals do not fit ``params``, or if a 16-bit parameter
+      is in no ``compensated``.
 
   Examples:
     >>> import jax.numpy as jnp, optax, optax_mp
@@ -55,7 +59,7 @@ def to_float32(params: optax.Params, state: optax.OptState) -> optax.Params:
 
 
 def masters(params: Any, state: Any) -> Any:
-  """:func:`to_float32` of trees without boxes."""
+  """:func:`to_float32` for trees without boxes."""
   pairs, treedef = jax.tree_util.tree_flatten_with_path(params)
   residuals = find_residuals(len(pairs), state)
   weights = []
@@ -77,22 +81,23 @@ def from_float32(
   """Starts training from a float32 checkpoint without losing its low bits.
 
   ``tx.init(params)`` sees 16-bit parameters and can only start from residuals
-  of zero. Here each float32 weight w is cut as in training, ``params,
-  residual = split(w)``, and the inner state is initialized from w itself.
+  of zero. This function cuts each float32 weight w as training does, ``params,
+  residual = split(w)``, and initializes the inner state from w itself.
 
   Args:
     tx: a transformation with ``compensated`` in it.
     params32: float32 parameters.
     dtype: the dtype of the 16-bit parameters, or a tree like ``params32`` of
-      dtypes, arrays or ShapeDtypeStructs, float32 where a leaf shall stay so.
+      dtypes, arrays or ShapeDtypeStructs. Leaves with float32 stay float32.
 
   Returns:
-    ``(params, state)``, to train on with ``tx``. ``to_float32(params, state)``
+    ``(params, state)``, to train with ``tx``. ``to_float32(params, state)``
     gives ``params32`` back, bit for bit with 16 residual bits.
 
   Raises:
     ValueError: if a leaf that shall have 16 bits is in no ``compensated``, if
-      ``tx`` chooses its parts by dtype, or for another ``dtype``.
+      ``tx`` chooses its parts by dtype, or if ``dtype`` has anything but
+      bfloat16, float16 and float32.
 
   Examples:
     >>> import jax.numpy as jnp, optax, optax_mp
@@ -111,11 +116,11 @@ def from_float32(
 
 
 def _start(tx: Any, params32: Any, dtypes: list[Any]) -> tuple[Any, Any]:
-  """Parameters and state, from float32 weights and the dtypes they get."""
+  """Parameters and state, from float32 weights and their new dtypes."""
   leaves, treedef = jax.tree.flatten(params32)
   narrow = [x.astype(dtype) for x, dtype in zip(leaves, dtypes, strict=True)]
   state = tx.init(treedef.unflatten(narrow))
-  with warnings.catch_warnings():  # float32 parameters: that is the point here
+  with warnings.catch_warnings():  # float32 parameters are intended here
     warnings.simplefilter('ignore', UserWarning)
     state32 = tx.init(params32)
 
@@ -146,7 +151,7 @@ def _start(tx: Any, params32: Any, dtypes: list[Any]) -> tuple[Any, Any]:
 
 
 def with_residuals(state: Any, residuals: Any) -> Any:
-  """The state with new residuals, for the parameters that have any."""
+  """The state with new residuals, for all parameters that have a residual."""
 
   def replace(node):
     if not _is_compensated(node):
@@ -173,7 +178,7 @@ def cut(path: Any, x: chex.Array, dtype: Any, residual: Any):
       'its low bits. Ask for float32 there through `dtype`, or compensate it.'
     )
   format = _residual.format_of(dtype, _residual.bits_of(residual), 'nearest')
-  assert format is not None  # `_float_dtype` has looked at the dtype
+  assert format is not None  # `_float_dtype` has checked the dtype
   return _residual.cut(format, format.encode(x.astype(jnp.float32)))
 
 
@@ -188,9 +193,9 @@ def _check_needs_none(path: Any, leaf: Any) -> None:
 
 
 def find_residuals(num_params: int, state: Any) -> list[Any]:
-  """The residual of each parameter; MaskedNode() for those not compensated.
+  """The residual of each parameter; MaskedNode() if it is not compensated.
 
-  Matched by their order, since `nnx.Optimizer` keeps them in other containers.
+  They are matched by order: `nnx.Optimizer` keeps them in other containers.
   """
   found = [
     jax.tree.leaves(node.residual, is_leaf=_is_residual)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A state without wrappers: the float32 leaves of the inner transformation.
 
-Leaves are decoded one at a time, when they are asked for, so that a conversion
-needs room for one float32 array and not for the whole state.
+Leaves are decoded one at a time, when they are read, so that a conversion needs
+room for one float32 array and not for the whole state.
 """
 
 from collections.abc import Iterator
@@ -36,10 +36,10 @@ _HINT = (
 class Leaf:
   """One array of a plain state, decoded when it is read."""
 
-  stored: Any  # as it lies in the state
-  format: Any = None  # None: it is plain already
-  like: Any = None  # shape and dtype of what the format stored
-  param: Any = None  # the parameter that it belongs to and shall lie like
+  stored: Any  # the array as the state keeps it
+  format: Any = None  # None if the array is in no format
+  like: Any = None  # the array's shape and dtype before it was stored
+  param: Any = None  # the parameter whose sharding the array takes
 
   def read(self) -> Any:
     """The plain array."""
@@ -47,7 +47,7 @@ class Leaf:
     return x if self.param is None else _layout.lay_out_leaf(x, self.param)
 
   def is_kept_in(self, format: Any, like: Any) -> bool:
-    """Whether ``format`` would store the array just as it is stored."""
+    """Whether the array is in ``format`` already."""
     return bool(
       self.format
       and self.like is not None
@@ -57,7 +57,7 @@ class Leaf:
 
 
 def spec(tx: optax.GradientTransformation, params: Any) -> Any:
-  """The state of ``tx``, in shapes, with the formats that its rules chose."""
+  """The shapes of the state of ``tx``, and the formats that its rules chose."""
   with _rule.recording(True), warnings.catch_warnings():
     warnings.simplefilter('ignore', UserWarning)  # `init` has warned before
     return jax.eval_shape(tx.init, params)
@@ -67,8 +67,8 @@ def leaves(spec: Any, state: Any) -> Any:
   """The state without wrappers; a :class:`Leaf` in place of each array.
 
   Args:
-    spec: what :func:`spec` gives for the transformation of the state.
-    state: arrays.
+    spec: the result of :func:`spec` for the transformation of the state.
+    state: the state, of arrays.
   """
   nodes, treedef = jax.tree.flatten(spec, is_leaf=_is_wrapper)
   found = _paths.flatten_like(treedef, state, 'state', 'tx.init(params)', _HINT)
@@ -94,26 +94,27 @@ def _unwrapped(node: Any, state: Any) -> Any:
 
 
 def placed(plain: Any, params: Any) -> Any:
-  """The leaves of a plain state, each to lie like its parameter.
+  """The leaves of a plain state, each with the parameter that it belongs to.
 
-  So scales, which are computed from them, lie like those of ``init``.
+  Leaves take its sharding, so their scales are sharded as after ``init``.
   """
   own = dict(jax.tree_util.tree_leaves_with_path(params))
   owners = _paths.owners(plain, own)
 
   def place(path, leaf):
-    # Arrays inside of what an optimizer keeps in a format itself have no owner.
+    # Leaves that an optimizer itself keeps in a format have arrays without an
+    # owner.
     return dataclasses.replace(leaf, param=own.get(owners.get(path, ())))
 
   return jax.tree_util.tree_map_with_path(place, plain)
 
 
 def wrapped(spec: Any, plain: Any) -> Any:
-  """A state of the transformation with the leaves of a plain one.
+  """A state of a transformation, made of the leaves of a plain state.
 
   Args:
-    spec: what :func:`spec` gives for the transformation, but with residuals.
-    plain: what :func:`leaves` gives.
+    spec: the result of :func:`spec` for the transformation, with residuals.
+    plain: the result of :func:`leaves`.
   """
   pairs, treedef = jax.tree_util.tree_flatten_with_path(
     spec, is_leaf=_is_wrapper
@@ -137,7 +138,7 @@ def _wrapped(path: Any, node: Any, plain: Any) -> Any:
   found = _paths.flatten_like(
     decided.treedef, plain, 'plain_state', 'tx', _HINT
   )
-  # The noise of `init`: a state is stored once before the first step.
+  # The noise of `init`, which stores a state once before the first step.
   now = _common.noise_key(0, jnp.uint32(0))
   stored = [
     _encoded(path, x, choice, like, now)
@@ -156,10 +157,10 @@ def _wrapped(path: Any, node: Any, plain: Any) -> Any:
 
 
 def _encoded(path: Any, plain: Leaf, choice: Any, like: Any, key: Any) -> Any:
-  """The leaf in its new format; as it is if that is the old one.
+  """The leaf in its new format; the same arrays if the format does not change.
 
-  Storing it again would be exact with no format but a few: stochastic rounding
-  draws anew, and a scale may move by a unit in its last place.
+  Few formats would store it again without an error: stochastic rounding draws
+  new noise, and a scale may change by a unit in its last place.
   """
   if choice is None or choice.format is None:
     return _fitting(path, plain, like)

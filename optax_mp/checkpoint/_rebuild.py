@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A state out of what a checkpoint library gives back without a target."""
+"""Rebuilds a state that a checkpoint library restored without its types."""
 
 from typing import Any
 
@@ -24,11 +24,11 @@ def rebuild(
   *,
   unnamed: bool = False,
 ) -> Any:
-  """The state of ``tx`` with the arrays of a tree of plain containers.
+  """Makes a state of ``tx`` from restored dictionaries and lists.
 
-  Take it where a library gave back dictionaries and lists in place of a state:
-  Orbax without a target, ``flax.serialization.msgpack_restore``, arrays by
-  name. Nothing is converted: :func:`convert` does that afterwards.
+  Take it if a library returned plain containers in place of a state: Orbax
+  without a target, ``flax.serialization.msgpack_restore``, or arrays by name.
+  It converts nothing: :func:`convert` does that afterwards.
 
   Args:
     tx: the transformation that made the state.
@@ -36,14 +36,14 @@ def rebuild(
     tree: the arrays, in mappings whose keys are names of fields and indices, in
       lists, or in the state's own containers.
     unnamed: whether ``tree`` may be a state of version 0.1.0, which did not
-      name formats. You then vouch that this very ``tx`` made it.
+      name formats. With True you vouch that this very ``tx`` made it.
 
   Returns:
     A state with the containers of ``tx.init(params)``.
 
   Raises:
-    ValueError: if ``tree`` has other leaves, shapes or dtypes, or was stored in
-      another format; the message names the leaf and both formats.
+    ValueError: if ``tree`` has other leaves, shapes or dtypes, or is in another
+      format; the message then names the leaf and both formats.
 
   Examples:
     >>> import flax, jax.numpy as jnp, optax_mp
@@ -78,7 +78,7 @@ def _check_names(slots: list[_slots.Slot], found: dict[str, Any]) -> None:
 
 
 def _instead_of(slot: _slots.Slot, found: dict[str, Any]) -> str:
-  """The message for an array that is missing: what is there in its place."""
+  """The message for a missing array: it says what ``tree`` has in its place."""
   place, ours = repr(slot.leaf), slot.format or _text(slot.like)
   if theirs := _slots.formats_in(found).get(slot.leaf):
     return f'`tree` has {theirs} at {place}, but `tx` stores {ours} there.'

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The places of a state where arrays belong, by name, with their formats."""
+"""The place of each array in a state: its name, shape, dtype and format."""
 
 from collections.abc import Iterator
 import re
@@ -21,21 +21,21 @@ _NAMED = re.compile(r'([a-z]+)__(\w+_v\d+)')
 class Slot(NamedTuple):
   """Where one array of a state belongs."""
 
-  name: str  # of the array, '0/mu/w/scales__BlockInt_..._v2'
-  like: Any  # its shape and dtype
-  leaf: str  # what the format stored, '0/mu/w'; else the array itself
-  format: str | None  # the name of the format
-  olds: tuple[str, ...]  # its names in version 0.1.0
+  name: str  # the array's name, '0/mu/w/scales__BlockInt_..._v2'
+  like: Any  # the array's shape and dtype
+  leaf: str  # the name of the leaf that a format stored, '0/mu/w'; or `name`
+  format: str | None  # the format's name; None for an array in no format
+  olds: tuple[str, ...]  # the array's possible names in version 0.1.0
 
 
 def target(tx: Any, params: Any, formats: dict[str, str]) -> Any:
-  """``tx.init(params)`` in shapes, in the formats that the arrays' names tell.
+  """The shapes of ``tx.init(params)``, in the formats that were saved.
 
   Args:
     tx: the transformation.
     params: the parameters.
-    formats: what :func:`formats_in` gives. Where a rule takes one of several
-      formats, as a recipe with another ``b1`` has chosen, this one is taken.
+    formats: the result of :func:`formats_in`. It decides if a rule allows
+      several formats, because a recipe chooses one of them by its ``b1``.
   """
   like = jax.eval_shape(tx.init, params)
   others = _others(_plain.spec(tx, _boxes.unbox(params)))
@@ -50,7 +50,7 @@ def target(tx: Any, params: Any, formats: dict[str, str]) -> Any:
 
 
 def _others(spec: Any) -> dict[str, tuple[Any, ...]]:
-  """The name of a rule's format -> the others that older states may be in."""
+  """The name of a rule's format -> other formats that older states may have."""
   nodes = jax.tree.leaves(spec, is_leaf=_is_decided)
   choices = [c for node in nodes if _is_decided(node) for c in node.choices]
   return {_names.name_of(c.format): c.others for c in choices if c and c.others}
@@ -61,7 +61,7 @@ def _is_decided(node: Any) -> bool:
 
 
 def slots(target: Any) -> list[Slot]:
-  """The place of each array of a state, in their order."""
+  """The place of each array of a state, in the order of the leaves."""
   return list(_slots(target))
 
 
@@ -76,13 +76,13 @@ def _slots(target: Any) -> Iterator[Slot]:
     for below, like in jax.tree_util.tree_leaves_with_path(node):
       name = _flat.name((*path, *below))
       olds = (leaf + name.removeprefix(leaf).replace(f'__{format}', '', 1),)
-      if len(node) == 1:  # version 0.1.0 kept its array alone
+      if len(node) == 1:  # version 0.1.0 kept a lone array without a tuple
         olds += (leaf,)
       yield Slot(name, like, leaf, format, olds if format else ())
 
 
 def with_names(found: dict[str, Any], slots: list[Slot]) -> dict[str, Any]:
-  """Arrays of version 0.1.0 under the names that they have today."""
+  """The arrays of version 0.1.0, with the names that they have today."""
   renamed = dict(found)
   for slot in slots:
     old = next((old for old in slot.olds if old in renamed), None)
@@ -92,7 +92,7 @@ def with_names(found: dict[str, Any], slots: list[Slot]) -> dict[str, Any]:
 
 
 def formats_in(found: dict[str, Any]) -> dict[str, str]:
-  """Where names of arrays tell a format: its place -> its name."""
+  """The formats that the arrays' names tell: name of a leaf -> its format."""
   formats = {}
   for name in found:
     parts = name.split('/')

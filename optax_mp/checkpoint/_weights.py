@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parameters and residuals, cut anew for another residual width or dtype."""
+"""Cuts weights into parameters and residuals of another width or dtype."""
 
 from typing import Any
 
@@ -35,12 +35,13 @@ def recut(params: Any, state: Any, like: Any, spec: Any) -> tuple[Any, Any]:
 
   Args:
     params: the parameters in training, without boxes.
-    state: their state, whose residuals belong to them.
+    state: the state with the residuals of these parameters.
     like: see :func:`narrow_like`.
     spec: the shapes of the new state.
 
   Returns:
-    Two trees like ``params``; MaskedNode() where nothing compensates a leaf.
+    Two trees like ``params``. The residual of a leaf that nothing compensates
+    is MaskedNode().
   """
   pairs, treedef = jax.tree_util.tree_flatten_with_path(params)
   cut = [
@@ -60,7 +61,7 @@ def recut(params: Any, state: Any, like: Any, spec: Any) -> tuple[Any, Any]:
 
 
 def no_errors(params: Any, spec: Any) -> Any:
-  """Residuals of parameters that are what they should be, as in ``init``."""
+  """Residuals of parameters without rounding errors: zeros, as in ``init``."""
   leaves, treedef = jax.tree.flatten(params)
   return treedef.unflatten(
     residual
@@ -79,9 +80,9 @@ def _residuals(num_params: int, state: Any) -> list[Any]:
 
 
 def _recut(path: Any, param: Any, old: Any, new: Any, dtype: Any) -> Any:
-  """One (parameter, residual); ``new`` has the shape of the residual."""
+  """One (parameter, residual); ``new`` is the new residual, in shapes."""
   if isinstance(old, optax.MaskedNode):
-    old = optax.EmptyState()  # the parameter is all there is
+    old = optax.EmptyState()  # the parameter has no residual
   else:
     old = _residual.fitting(path, param, old, _residual.bits_of(old))
   if param.dtype == dtype:

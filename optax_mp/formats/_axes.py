@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which axis of a parameter an axis of its state follows."""
+"""Finds the axis of a parameter that an axis of its state follows."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,15 +10,15 @@ import jax
 def follow(
   names: Sequence[Any], shape: Sequence[int], own_shape: Sequence[int]
 ) -> list[Any]:
-  """Names for the axes of an array of the state of a parameter.
+  """Names the axes of an array in the state of a parameter.
 
-  Rows follow rows: an axis gets the name of the next axis of the parameter with
-  its length. All else is replicated.
+  Rows follow rows: an axis gets the name of the parameter's next axis of the
+  same length. Axes without a name are replicated.
 
   Args:
-    names: of the parameter's axes, the last ones may be missing.
-    shape: of the parameter.
-    own_shape: of the array.
+    names: the names of the parameter's axes; the last names may be missing.
+    shape: the parameter's shape.
+    own_shape: the array's shape.
 
   Returns:
     A name, or None, for each axis of the array.
@@ -34,19 +34,19 @@ def follow(
 
 
 def known(names: Sequence[Any], param: Any, x: Any) -> list[Any] | None:
-  """Names for the axes of an array, where its type says how it is cut.
+  """Names the axes of an array if its type says how it is sharded.
 
-  On a mesh with explicit axes the optimizer has decided. Another name would
-  have the array cut differently after the first step than before it.
+  On a mesh with explicit axes the optimizer has decided this. With another name
+  the array would be sharded differently before and after the first step.
 
   Args:
-    names: of the parameter's axes.
+    names: the names of the parameter's axes.
     param: the parameter.
     x: the array.
 
   Returns:
-    A name, or None, for each axis of ``x``; None where the parameter's type
-    does not tell that it is cut.
+    A list of a name, or None, for each axis of ``x``. It is None as a whole if
+    the parameter's type does not say that the parameter is sharded.
   """
   if not (isinstance(param, jax.Array) and isinstance(x, jax.Array)):
     return None

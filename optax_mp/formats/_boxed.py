@@ -2,10 +2,10 @@
 """States of boxed parameters: each array has a box of its own.
 
 Optax maps over trees with boxes, so every array of its state gets the names of
-its parameter's axes, also where it has another shape and they are wrong: a row
-of scales cannot be cut like a kernel. Therefore transformations of this library
-see arrays alone, and each array of their state gets a box with the names of
-those axes that it shares with its parameter.
+its parameter's axes. They are wrong if the array has another shape: a row of
+scales cannot be sharded like a kernel. Therefore transformations of this
+library see arrays without boxes. Each array of their state then gets a box of
+its own, with the names of the axes that it shares with its parameter.
 """
 
 from collections.abc import Callable
@@ -23,20 +23,20 @@ from optax_mp.formats import _axes
 from optax_mp.formats import _base
 from optax_mp.formats import _paths
 
-# Where Variables keep the names of axes; the second is for optimizers alone.
+# Metadata in which Variables name axes; the second is only for optimizers.
 _SHARDINGS = ('out_sharding', 'optimizer_sharding', 'sharding_names')
 
 
 def box_state(state: Any, params: Any) -> Any:
-  """A state of arrays alone, each in a box of its own.
+  """Puts each array that belongs to a boxed parameter into a box of its own.
 
   Args:
     state: the state, without boxes.
-    params: the parameters, boxed or in part.
+    params: the parameters, all or some of them boxed.
 
   Returns:
-    The state, where each array that belongs to a boxed parameter is in a box of
-    the same kind with the names of its own axes.
+    The state. Each array of a boxed parameter is in a box of the same kind,
+    with the names of the array's own axes.
   """
   nodes = jax.tree.leaves(params, is_leaf=_boxes.is_box)
   paths = [
@@ -57,7 +57,7 @@ def box_state(state: Any, params: Any) -> Any:
 def transparent(
   tx: optax.GradientTransformationExtraArgs,
 ) -> optax.GradientTransformationExtraArgs:
-  """``tx`` for trees with boxes: it sees arrays alone.
+  """Lets ``tx`` take trees with boxes; it sees the arrays without them.
 
   Args:
     tx: a transformation of trees of arrays.
@@ -102,13 +102,13 @@ def _own_box(box: Any, x: Any) -> Any:
 
   if hasattr(type(box), _boxes.NNX[0]):
     return _rename_variable(own, follow)
-  if not hasattr(box, 'names'):  # a box of the user's, which we cannot rename
+  if not hasattr(box, 'names'):  # a user's own box, which we cannot rename
     return x
   return dataclasses.replace(own, names=follow(box.names))
 
 
 def _rename_variable(variable: Any, follow: Callable[[Any], Any]) -> Any:
-  """The Variable, its shardings with the names that ``follow`` gives."""
+  """The Variable, with the names that ``follow`` gives in its shardings."""
   for key in _SHARDINGS:
     names = variable.get_metadata(key, None)
     if isinstance(names, NamedSharding):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Containers that libraries change: Flax NNX makes mappings of NamedTuples."""
+"""Converts between NamedTuples and the mappings that Flax NNX makes of them."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,10 +8,10 @@ import jax
 
 
 def in_containers(stored: Any, given: Any, like: Any) -> Any:
-  """Gives each stored leaf the container that the state came in.
+  """Puts each stored leaf into the container that the given state has for it.
 
-  Flax NNX keeps NamedTuples as mappings, and what Optax merges, the states
-  before and after a step, must have one structure.
+  Flax NNX keeps NamedTuples as mappings. Optax may merge the states before and
+  after a step, so they must have the same structure.
   """
   treedef = jax.tree.structure(like)
   pairs = zip(
@@ -21,7 +21,7 @@ def in_containers(stored: Any, given: Any, like: Any) -> Any:
 
 
 def contained(x: Any, given: Any) -> Any:
-  """One stored leaf in the container that the old one came in."""
+  """One stored leaf, in the container of the old leaf."""
   if not isinstance(x, tuple) or not isinstance(given, Mapping):
     return x
   parts = {k: contained(_part(x, k), given[k]) for k in given}
@@ -29,7 +29,7 @@ def contained(x: Any, given: Any) -> Any:
 
 
 def as_stored(x: Any, expected: Any) -> Any:
-  """Flax NNX makes mappings of tuples: back to what the format stores."""
+  """The tuple that a format stores, from the mapping that NNX makes of it."""
   if not isinstance(expected, tuple) or not isinstance(x, Mapping):
     return x
   keys = getattr(expected, '_fields', range(len(expected)))
@@ -41,5 +41,5 @@ def as_stored(x: Any, expected: Any) -> Any:
 
 
 def _part(x: tuple[Any, ...], key: Any) -> Any:
-  """By name, or by number where it has none."""
+  """One element of a tuple, by the name of its field or by index."""
   return getattr(x, key) if isinstance(key, str) else x[key]

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Leaves that are no arrays of floats: taken as Optax takes them, or refused.
+"""Takes leaves that are no float arrays as Optax does, or refuses them.
 
-A parameter may be a Python number, an integer or bool array, empty or a typed
-key, which other parts of a chain leave alone. Functions, strings and whatever
-else an unfiltered module holds are refused by name, and so is a parameter
-without a gradient. An optimizer that fails on a tree with unusual leaves says
-which they are.
+A parameter may be a Python number, an integer or bool array, an empty array, or
+a typed key that other parts of a chain leave alone. Functions, strings and
+other contents of an unfiltered module are refused by name, and so is a
+parameter without a gradient. If an optimizer fails on a tree with unusual
+leaves, the error names them.
 """
 
 from collections.abc import Iterator
@@ -25,13 +25,13 @@ _FREEZE = (
 
 
 def checked(tree: Any, argument: str, trains_all: bool = False) -> Any:
-  """The tree, Python numbers as arrays; a ValueError names any other leaf.
+  """The tree, with arrays for Python numbers; a ValueError for other leaves.
 
   Args:
     tree: parameters or gradients.
     argument: the caller's name for them.
-    trains_all: whether leaves without gradients, typed keys and float0 arrays,
-      are refused, because no part of the optimizer leaves them alone.
+    trains_all: whether to refuse typed keys and float0 arrays, which have no
+      gradients, because no part of the optimizer leaves them alone.
   """
 
   def check(path, x):
@@ -41,7 +41,7 @@ def checked(tree: Any, argument: str, trains_all: bool = False) -> Any:
           f'`{argument}` has {_text(x)} at {_paths.path_str(path)!r}, got an '
           f'optimizer that trains all leaves. {_FREEZE}'
         )
-      # As JAX would keep it: NumPy's float64 is float32 there.
+      # JAX keeps NumPy's float64 as float32, unless told otherwise.
       is_wide = isinstance(x, (np.ndarray, np.generic)) and (
         jnp.issubdtype(x.dtype, jnp.inexact)
         and x.dtype != jax.dtypes.canonicalize_dtype(x.dtype)
@@ -61,7 +61,7 @@ def checked(tree: Any, argument: str, trains_all: bool = False) -> Any:
 def checked_updates(
   updates: Any, params: Any, trains_all: bool = False
 ) -> tuple[Any, Any]:
-  """Gradients and parameters, once no parameter lacks its gradient.
+  """Gradients and parameters; a ValueError if a parameter has no gradient.
 
   Args:
     updates: the gradients.
@@ -78,11 +78,11 @@ def checked_updates(
 
 
 def why_no_gradient(updates: Any, params: Any = None) -> str:
-  """Says where gradients are None and parameters are not; else nothing.
+  """Says which parameter has None for a gradient; '' if all have gradients.
 
   Args:
     updates: the gradients.
-    params: the parameters. Without them any None is taken for one too many.
+    params: the parameters. Without them any None counts as a missing gradient.
   """
   nodes = jax.tree_util.tree_leaves_with_path(updates, is_leaf=_is_none)
   missing = [path for path, x in nodes if x is None]
@@ -116,23 +116,23 @@ def check_shapes(updates: Any, params: Any) -> None:
 def named_on_failure(
   tree: Any, argument: str, nones: bool = False
 ) -> Iterator[None]:
-  """Within it, what an optimizer raises names the unusual leaves of a tree.
+  """Within this context an optimizer's error names the tree's unusual leaves.
 
-  Optax's Muon divides by the sides of an empty matrix, Adam takes the dtype of
-  a key for a number's: such errors name neither leaf nor reason.
+  Optax's Muon divides by the sides of an empty matrix, and Adam computes with a
+  typed key as with numbers. Their own errors name neither leaf nor reason.
 
   Args:
     tree: the parameters or gradients that the optimizer was given.
-    argument: the caller's name for them.
-    nones: whether a None among them is unusual, too.
+    argument: the caller's name for the tree.
+    nones: whether a None in the tree is unusual, too.
   """
   try:
     yield
-  except jax.errors.JAXTypeError:  # of a value that is not known while tracing
+  except jax.errors.JAXTypeError:  # a value is not known while tracing
     raise
   except Exception as error:
     unusual = _unusual(tree, nones)
-    if not unusual or str(error).startswith('`'):  # or named already
+    if not unusual or str(error).startswith('`'):  # an error of our own
       raise
     reason = str(error).splitlines()[0][:200] if str(error) else ''
     raise ValueError(
@@ -143,26 +143,26 @@ def named_on_failure(
 
 
 def cast_like(state: Any, like: Any) -> Any:
-  """A new state with the dtypes that it had in ``init``.
+  """A new state, with the dtypes that the state had in ``init``.
 
-  Optax turns some states of integer and bool parameters, whose gradients mean
-  nothing, into floats in the first step; ours keep their dtypes.
+  In the first step Optax turns some states of integer and bool parameters,
+  whose gradients mean nothing, into floats. Our states keep their dtypes.
 
   Args:
-    state: what an inner transformation returned.
-    like: what its ``init`` returned, or the shapes and dtypes of that.
+    state: the new state of an inner transformation.
+    like: the state from its ``init``, or the shapes and dtypes of that state.
   """
 
   def cast(x, old):
     return x if x.dtype == old.dtype or is_key(old) else x.astype(old.dtype)
 
   if jax.tree.structure(state) != jax.tree.structure(like):
-    return state  # of a transformation that is no state machine
+    return state  # the transformation itself changes the structure
   return jax.tree.map(cast, state, like)
 
 
 def is_float(x: Any) -> bool:
-  """Whether an array has a floating-point dtype; a typed key has none."""
+  """Whether an array has a floating-point dtype; a typed key does not."""
   return jnp.issubdtype(x.dtype, jnp.floating)
 
 
@@ -172,7 +172,7 @@ def is_key(x: Any) -> bool:
 
 
 def _is_array(x: Any) -> bool:
-  """Whether JAX takes it for one; arrays of strings have dtypes, too."""
+  """Whether JAX takes ``x`` for an array; it refuses arrays of strings."""
   if not (hasattr(x, 'dtype') and hasattr(x, 'shape')):
     return False
   if x.dtype == jax.dtypes.float0:
@@ -185,7 +185,7 @@ def _is_array(x: Any) -> bool:
 
 
 def _unusual(tree: Any, nones: bool) -> list[str]:
-  """Leaves that optimizers may not have been written for, in words."""
+  """Describes the leaves that optimizers may not have been written for."""
   is_leaf = _is_none if nones else None
   nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
   return [
@@ -207,7 +207,7 @@ def _why_unusual(x: Any) -> str:
   text = f'{x.dtype}{x.shape}'
   if 0 in x.shape:
     return f'the empty array {text}'
-  try:  # the small floats and integers have no promotion to others
+  try:  # small floats and integers do not promote to other dtypes
     with jax.numpy_dtype_promotion('standard'):
       jnp.promote_types(x.dtype, jnp.float32)
   except ValueError:
@@ -216,7 +216,7 @@ def _why_unusual(x: Any) -> str:
 
 
 def _text(x: Any) -> str:
-  """A leaf that has no gradient, in words."""
+  """Describes a leaf that has no gradient."""
   if is_key(x):
     return f'the typed key {x.dtype}{x.shape}'
   return f'the float0 gradient {x.shape} of an integer'

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is stored says what it is: the format's name is the name of a field.
+"""Stored arrays carry the name of their format, in the name of a field.
 
-Orbax, ``flax.serialization``, pickle and msgpack all keep the names of fields
-and nothing else of a NamedTuple. So the last field of what a format stored is
-called ``scales__BlockInt_8_signed_sqrt_log_128_block_v2`` in a state, and not
-``scales``: whoever restores it into a state of another format is told so by
-name, and ``update`` sees it while tracing. The old name remains as an
-attribute, and ``isinstance`` still tells the kind.
+Orbax, ``flax.serialization``, pickle and msgpack all keep the field names of a
+NamedTuple, and most of them nothing else of it. So the last field of a stored
+leaf is called ``scales__BlockInt_8_signed_sqrt_log_128_block_v2`` in a state,
+and not ``scales``. A restore into a state of another format then fails and
+shows both names, and ``update`` checks the name while it is traced. The short
+name remains as an attribute, and ``isinstance`` works as before.
 """
 
 from collections.abc import Mapping
@@ -20,14 +20,14 @@ import jax.numpy as jnp
 
 from optax_mp.formats import _base
 
-# Of the meaning of what formats store. 1 had no names; it is increased by a
-# change after which old codes would decode to other values.
+# The version of stored arrays. It increases when a change of a format would
+# decode old codes to other values. Version 1 had no names.
 VERSION = 2
 _SEPARATOR = '__'
 _FIELD = re.compile(rf'[a-z]+{_SEPARATOR}(\w+_v\d+)')
-# Settings that only `encode` reads: what they stored decodes alike.
+# Settings that only `encode` reads: they do not change how arrays decode.
 _ENCODE_ONLY = ('rounding', 'stochastic_below', 'keep_nonzero')
-# Arrays of these dtypes mean their own values, whatever stored them.
+# Arrays of these dtypes hold their own values, whichever format stored them.
 _PLAIN = tuple(map(jnp.dtype, (jnp.float32, jnp.bfloat16, jnp.float16)))
 
 
@@ -43,7 +43,7 @@ def name_of(format: _base.Format) -> str:
   """The format's name: its class and all settings that ``decode`` reads.
 
   Args:
-    format: a format. One that is no dataclass is named after its class.
+    format: a format. If it is no dataclass, the name is its class's name.
 
   Returns:
     Letters, digits and underscores, with the version at the end.
@@ -52,15 +52,15 @@ def name_of(format: _base.Format) -> str:
 
 
 def named(format: _base.Format, stored: Any) -> Any:
-  """What ``format`` stored, with the format's name in its last field.
+  """A stored leaf, with the format's name in the name of its last field.
 
   Args:
     format: the format.
-    stored: what its ``encode`` returned, in arrays or ShapeDtypeStructs.
+    stored: the result of its ``encode``, in arrays or ShapeDtypeStructs.
 
   Returns:
-    A NamedTuple of a type that is a subclass of the old one. A float array of
-    16 or 32 bits stays alone: its dtype says all.
+    A NamedTuple whose type is a subclass of the type of ``stored``. A lone
+    float array of 16 or 32 bits gets no name: its dtype says all.
   """
   if not _base.is_stored(stored):
     if stored.dtype in _PLAIN:
@@ -70,15 +70,15 @@ def named(format: _base.Format, stored: Any) -> Any:
 
 
 def nameless(stored: Any) -> Any:
-  """What the format's ``decode`` takes: a lone array is no tuple there."""
+  """A stored leaf as ``decode`` takes it: a lone array without its tuple."""
   return stored.codes if isinstance(stored, Alone) else stored
 
 
 def name_in(stored: Any) -> str | None:
-  """The name that something stored carries; None if it has no name.
+  """The name of the format that a stored leaf carries; None without a name.
 
   Args:
-    stored: a NamedTuple, or the mapping that a library has made of one.
+    stored: a NamedTuple, or the mapping that a library has made of it.
   """
   keys = (
     stored if isinstance(stored, Mapping) else getattr(stored, '_fields', ())
@@ -88,14 +88,14 @@ def name_in(stored: Any) -> str | None:
 
 
 def describe(stored: Any) -> str:
-  """The name, or a word on why there is none; nothing for an array."""
+  """The format's name, or a note that it has no name; '' for an array."""
   if _base.is_stored(stored) or isinstance(stored, Mapping):
     return name_in(stored) or 'a format without a name'
   return ''
 
 
 def hint(stored: Any) -> str:
-  """The way out for a state whose formats have no names; else nothing."""
+  """The way out for a stored leaf without a format's name; '' with a name."""
   if name_in(stored):
     return ''
   return (
@@ -119,13 +119,13 @@ def _words(value: Any, field: str = '') -> str:
 
 
 def _plain_type(stored: Any) -> type:
-  """The type that a format returned, before it got a name."""
+  """The type that the format returned, before the name was added."""
   return getattr(type(stored), '_plain', type(stored))
 
 
 @functools.cache
 def _named_type(plain: Any, name: str) -> Any:
-  """A subclass whose last field has the format's name in its own."""
+  """A subclass whose last field's name contains the format's name."""
   *others, last = plain._fields
   field = f'{last}{_SEPARATOR}{name}'
 
@@ -150,5 +150,5 @@ def _named_type(plain: Any, name: str) -> Any:
 
 
 def _restored(plain: Any, name: str, parts: tuple[Any, ...]) -> Any:
-  """Unpickles: types that were made at run time have no name to import."""
+  """Unpickles a leaf, whose type is made at run time and cannot be imported."""
   return _named_type(plain, name)(*parts)

@@ -24,28 +24,28 @@ Rule: TypeAlias = (
 
 
 class Choice(NamedTuple):
-  """What a rule decided for one floating-point leaf."""
+  """The decision of a rule for one floating-point leaf."""
 
-  path: str  # as rules see it
+  path: str  # the path as rules see it
   shape: tuple[int, ...]
-  format: _base.Format | None  # of a new state
-  note: str  # why it is not stored as one might expect, or empty
-  others: tuple[_base.Format, ...] = ()  # which older states may have kept
+  format: _base.Format | None  # the format in a new state
+  note: str  # why the leaf is not stored as one might expect, or empty
+  others: tuple[_base.Format, ...] = ()  # formats that older states may have
 
 
 @dataclasses.dataclass(frozen=True)
 class Either:
-  """A format for new states, and others that older states may be kept in.
+  """A format for new states, and other formats that older states may have.
 
-  For a recipe that chooses a format by a hyperparameter: a state that was made
-  with another value of it keeps its format.
+  A recipe takes it if a hyperparameter decides the format. A state that was
+  made with another value of that hyperparameter keeps its format.
   """
 
   format: _base.Format
   others: tuple[_base.Format, ...]
 
   def encode(self, x: Any, key: Any = None) -> Any:
-    """Stores ``x`` as a new state is stored."""
+    """Stores ``x`` in the format for new states."""
     return self.format.encode(x, key)
 
   def decode(self, stored: Any, like: Any) -> Any:
@@ -53,7 +53,8 @@ class Either:
     return self.format.decode(stored, like)
 
 
-# Known to JAX, so that a function compiled without it is traced again.
+# JAX knows this context, so functions that were traced without it are traced
+# again.
 recording = jax.make_user_context(False)
 
 
@@ -64,9 +65,10 @@ recording = jax.make_user_context(False)
 )
 @dataclasses.dataclass(frozen=True)
 class Decided:
-  """A state, and what a rule decided for it: in ``memory.plan``'s trace only.
+  """A state and the decisions of a rule for it, while they are recorded.
 
-  Elsewhere a state has no room for it: it consists of arrays.
+  ``memory.plan`` and checkpoints record them in a trace of ``init``. Everywhere
+  else a state consists of arrays alone.
   """
 
   state: Any
@@ -75,7 +77,7 @@ class Decided:
 
 
 def decided(state: Any, treedef: Any, choices: list[Choice | None]) -> Any:
-  """The state; where choices are recorded, with them."""
+  """The state, together with the choices while they are recorded."""
   if not recording.value:
     return state
   return Decided(state, treedef, tuple(choices))
@@ -84,7 +86,7 @@ def decided(state: Any, treedef: Any, choices: list[Choice | None]) -> Any:
 def leaf_formats(
   tree: Any, rule: Rule, min_size: int = 0
 ) -> list[_base.Format | None]:
-  """The format of each leaf of ``tree``, in their order."""
+  """The format of each leaf of ``tree``, in the order of the leaves."""
   return formats_of(leaf_choices(tree, rule, min_size))
 
 
@@ -94,8 +96,8 @@ def formats_of(
   """The format of each leaf; None for leaves that stay as they are.
 
   Args:
-    choices: what a rule decided.
-    stored: what is there of each leaf, if there is a state already.
+    choices: the decisions of a rule.
+    stored: the stored leaves, if there is a state already.
   """
   if stored is None:
     return [choice.format if choice else None for choice in choices]
@@ -106,7 +108,7 @@ def formats_of(
 
 
 def _format_in(stored: Any, choice: Choice) -> _base.Format | None:
-  """The one of the choice's formats that the name of a stored leaf tells."""
+  """The choice's format that a stored leaf names; by default the new one."""
   name = _names.name_in(stored)
   known = (f for f in choice.others if _names.name_of(f) == name)
   return next(known, choice.format)
@@ -119,18 +121,18 @@ def leaf_choices(
   params: Collection[_paths.Path] = (),
   kept: re.Pattern[str] | None = None,
 ) -> list[Choice | None]:
-  """What is decided for each leaf of ``tree``, in their order.
+  """The decision for each leaf of ``tree``, in the order of the leaves.
 
   Args:
     tree: a state of arrays or ShapeDtypeStructs.
     rule: see :func:`encode_tree`.
-    min_size: smaller leaves stay as they are, as all that are not floats do.
+    min_size: leaves with fewer values, or without floats, stay as they are.
     params: paths of the parameters, whose own fields are no state fields.
-    kept: where it is found in a parameter's path, leaves stay as they are.
+    kept: a pattern. If a parameter's path has it, its leaves stay as they are.
 
   Returns:
-    A choice for each floating-point leaf, None for others, and for what the
-    optimizer keeps in a format itself.
+    A choice for each floating-point leaf. None for other leaves, and for leaves
+    that the optimizer itself keeps in a format.
   """
   check_rule(rule)
   variables = _paths.are_variables(params)
@@ -178,7 +180,7 @@ def check_fields(
 def warn_unless_kept(
   params: Collection[_paths.Path], kept: re.Pattern[str] | None
 ) -> None:
-  """Says so if a pattern is found in no path: one of several groups may be."""
+  """Warns if no path has the pattern; the path of another group may have it."""
   if kept is None:
     return
   variables = _paths.are_variables(params)
@@ -207,13 +209,13 @@ def _is_by_path(rule: Any) -> TypeGuard[_ByPath]:
 
 
 def is_float(leaf: Any, min_size: int = 0) -> bool:
-  """Floating-point and large enough; integers and small leaves stay alone."""
+  """Whether a leaf is floating-point and has at least ``min_size`` values."""
   floating = jnp.issubdtype(leaf.dtype, jnp.floating)
   return floating and math.prod(leaf.shape) >= min_size
 
 
 def _inside_stored(tree: Any) -> set[_paths.Path]:
-  """Paths of arrays that are what a format stored."""
+  """The paths of all arrays inside of stored leaves."""
   nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_base.is_stored)
   return {
     (*path, *below)
@@ -226,7 +228,7 @@ def _inside_stored(tree: Any) -> set[_paths.Path]:
 def _leaves(
   tree: Any, params: Collection[_paths.Path]
 ) -> list[tuple[_paths.Path, Any, tuple[_paths.Path, _paths.Path]]]:
-  """Path, leaf, and the path cut in the state's part and the parameter's."""
+  """Each path, its leaf, and the path cut into (state's, parameter's) part."""
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   parts = _paths.split_paths([path for path, _ in leaves], params)
   return [(path, x, parts[path]) for path, x in leaves]
@@ -235,7 +237,7 @@ def _leaves(
 def _choose(
   rule: Rule | None, name: str, leaf: Any, fields: list[str]
 ) -> _base.Format | None:
-  """What the rule says of one leaf, with its path and its state fields."""
+  """The rule's format for one leaf, from its path and its state fields."""
   if isinstance(rule, Mapping):
     named = [field for field in fields if field in rule]
     return _choose(rule[named[0]], name, leaf, fields) if named else None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stores the leaves of a pytree, each in its format, and gives them back."""
+"""Stores the leaves of a pytree, each in its format, and decodes them again."""
 
 import functools
 from typing import Any
@@ -27,6 +27,9 @@ def encode_tree(
 ) -> Any:
   """Stores the floating-point leaves of a tree in the formats of a rule.
 
+  Take it for a tree of your own. :func:`optax_mp.compressed` does the same for
+  the state of an optimizer.
+
   Args:
     tree: a pytree of arrays. Leaves that are not floating-point stay as they
       are.
@@ -35,19 +38,19 @@ def encode_tree(
       * a format, for every leaf;
       * a mapping from state field to format, function or None, for the leaves
         below a field of a NamedTuple with that name (``{'mu': ..., 'nu':
-        ...}``); fields it does not name stay as they are;
-      * a function ``(path, leaf) -> format or None``, with the path as in
-        ``'0/mu/layer/kernel'``, the leaf's ``shape`` and ``dtype``.
-    key: a PRNG key, for formats that round stochastically; each leaf gets its
-      own, and each value of a leaf its own noise.
+        ...}``); all other fields stay as they are;
+      * a function ``(path, leaf) -> format or None``; the path is a string such
+        as ``'0/mu/layer/kernel'``, the leaf has a ``shape`` and a ``dtype``.
+    key: a PRNG key, for formats that round stochastically. Each leaf gets its
+      own key, and each value of a leaf its own noise.
     min_size: leaves with fewer values stay as they are.
 
   Returns:
-    The tree, with stored leaves (see :func:`is_stored`) where the rule says so.
+    The tree. Each leaf with a format is a stored leaf (see :func:`is_stored`).
 
   Raises:
-    ValueError: if a format needs a key and there is none, or the rule returns
-      something else than a format or None.
+    ValueError: if a format needs a key and ``key`` is None, or if the rule
+      returns anything but a format or None.
 
   Examples:
     >>> import jax.numpy as jnp
@@ -69,17 +72,17 @@ def decode_tree(
   """Gives back the tree that :func:`encode_tree` stored.
 
   Args:
-    stored: what :func:`encode_tree` returned.
-    like: a tree of arrays or ShapeDtypeStructs: structure, shapes and dtypes of
-      what was stored (``jax.eval_shape(tx.init, params)``).
-    rule: the rule it was stored by.
-    min_size: the ``min_size`` it was stored by.
+    stored: the result of :func:`encode_tree`.
+    like: a tree of arrays or ShapeDtypeStructs with the structure, shapes and
+      dtypes of the original tree (``jax.eval_shape(tx.init, params)``).
+    rule: the rule that the tree was stored with.
+    min_size: the ``min_size`` that the tree was stored with.
 
   Returns:
     A tree of arrays with the structure, shapes and dtypes of ``like``.
 
   Raises:
-    ValueError: if ``stored`` is not what the rule makes of such a tree.
+    ValueError: if the rule would store a tree like ``like`` in another form.
 
   Examples:
     >>> import jax.numpy as jnp
@@ -98,7 +101,7 @@ def encode_leaves(
   key: chex.PRNGKey | None = None,
   scales: list[Any] | None = None,
 ) -> Any:
-  """:func:`encode_tree`, with the formats chosen, and fitted, already."""
+  """:func:`encode_tree` for chosen formats and, if given, fitted scales."""
   leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
   scales = [None] * len(leaves) if scales is None else scales
   stored = []
@@ -112,7 +115,7 @@ def encode_leaves(
 
 
 def fit_leaves(tree: Any, chosen: list[_base.Format | None]) -> list[Any]:
-  """What each leaf's format needs to know first; None where it does not."""
+  """The scales that each leaf's format fits; None if it has nothing to fit."""
   return [
     None if format is None else fit(format, leaf)
     for leaf, format in zip(jax.tree.leaves(tree), chosen, strict=True)
@@ -125,7 +128,7 @@ def decode_leaves(
   chosen: list[_base.Format | None],
   argument: str = 'stored',
 ) -> Any:
-  """:func:`decode_tree`, with the formats chosen already."""
+  """:func:`decode_tree` for formats that are chosen already."""
   leaves, treedef = jax.tree_util.tree_flatten_with_path(like)
   found = flatten_state(treedef, stored, argument)
   decoded = []
@@ -138,7 +141,7 @@ def decode_leaves(
 def flatten_state(
   treedef: Any, stored: Any, argument: str = 'state', hint: str = ''
 ) -> list[Any]:
-  """What is stored for each leaf; a ValueError for other parameters."""
+  """The stored leaves, in order; a ValueError for another structure."""
   hint = hint or _paths.OTHER_PARAMS
   return _paths.flatten_like(treedef, stored, argument, 'like', hint)
 
@@ -146,19 +149,19 @@ def flatten_state(
 def encode_stored(
   format: _base.Format, x: Any, key: Any = None, scales: Any = None
 ) -> Any:
-  """One leaf as a state keeps it: under the name of its format."""
+  """One leaf as a state keeps it: with the name of its format."""
   return _names.named(format, encode(format, x, key, scales))
 
 
 def decode_stored(format: _base.Format | None, stored: Any, like: Any) -> Any:
-  """The inverse of :func:`encode_stored`; a leaf without format is itself."""
+  """The inverse of :func:`encode_stored`; the leaf itself without a format."""
   if format is None:
     return stored
   return decode(format, _names.nameless(stored), like)
 
 
-# Compiled apart, so that a model of many layers traces each format once for
-# each shape and not once for each leaf.
+# Compiled by itself, so that a model of many layers traces each format once per
+# shape and not once per leaf.
 @functools.partial(jax.jit, static_argnums=0)
 def encode(
   format: _base.Format, x: Any, key: Any = None, scales: Any = None
@@ -191,7 +194,7 @@ def check_stored(
   leaf: Any,
   argument: str,
 ) -> Any:
-  """Returns what is stored, or a ValueError where another rule stored it."""
+  """The stored leaf, or a ValueError if it was stored by another rule."""
   expected = leaf
   if format is not None:
     expected = stored_like(format, leaf.shape, jnp.dtype(leaf.dtype))
@@ -209,7 +212,7 @@ def check_stored(
 
 
 def stored_like(format: _base.Format, shape: Any, dtype: Any) -> Any:
-  """What a state holds of an array: shapes and dtypes, under its name."""
+  """A stored leaf as a state keeps it, with its name, in shapes and dtypes."""
   return _names.named(format, _base.stored_like(format, shape, dtype))
 
 
@@ -219,7 +222,7 @@ def layout(tree: Any) -> Any:
 
 
 def text(stored: Any) -> str:
-  """``Split_8_v2 of bfloat16(3,) + uint8(3,)``; an array has no name."""
+  """A stored leaf in words: ``Split_8_v2 of bfloat16(3,) + uint8(3,)``."""
   arrays = ' + '.join(f'{x.dtype}{x.shape}' for x in jax.tree.leaves(stored))
   name = _names.describe(stored)
   return f'{name} of {arrays}' if name else arrays

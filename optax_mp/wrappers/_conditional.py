@@ -2,14 +2,15 @@
 """Updates inside of Optax's conditional wrappers.
 
 ``apply_if_finite``, ``conditionally_transform`` and ``conditionally_mask`` take
-a step or leave it, by ``lax.cond``. Its branches must agree on dtypes, and the
-other one returns the gradients, or zeros like them. So of a 16-bit gradient
-they ask for a 16-bit update, where ``compensated`` has float32.
+or skip a step by ``lax.cond``. Both branches must return the same dtypes, and
+the branch that skips returns the gradients, or zeros like them. For a 16-bit
+gradient they need a 16-bit update, where ``compensated`` has a float32 one.
 
-The difference of two 16-bit parameters has 16 bits where one is at most twice
-the other. Elsewhere, where weights more than halve or double in a step, the sum
-may miss the new parameter, by half a bit of the update: as much as the gradient
-was rounded by. What is in the state is then the residual of where it lands.
+The difference of two 16-bit parameters fits into 16 bits if one is at most
+twice the other. If a weight more than halves or doubles in a step, the update
+is rounded, so that the sum may miss the new parameter by half a unit in the
+last place of the update. The state keeps the residual of the new parameter, so
+the float32 weight is then off by as much.
 """
 
 import functools
@@ -25,19 +26,19 @@ from optax_mp.wrappers import _residual
 
 
 def as_asked_for(gradients: Any, params: Any, updates: Any) -> Any:
-  """Updates in the dtypes that whoever asked for the step can take.
+  """The updates, in the dtypes that the caller of the step can take.
 
   Args:
-    gradients: as they came.
-    params: 16-bit ones, or float32.
-    updates: in float32; ``optax.apply_updates`` lands on new parameters.
+    gradients: the gradients, in the dtypes that the caller passed.
+    params: the parameters, in 16 bits or in float32.
+    updates: in float32; with them ``optax.apply_updates`` is exact.
 
   Returns:
-    The last; in the dtypes of the gradients if one of Optax's conditional
-    wrappers calls.
+    ``updates``; in the dtypes of the gradients if the caller is one of Optax's
+    conditional wrappers.
 
   Raises:
-    ValueError: if it does, and a gradient has fewer bits than its parameter.
+    ValueError: if so, and a parameter's 16-bit gradient has another dtype.
   """
   if not _in_a_branch():
     return updates
@@ -56,7 +57,7 @@ def _leaf(path: Any, param: Any, gradient: Any, update: Any) -> Any:
       'take `optax_mp.skip_nonfinite`, which needs no branch, in place of '
       '`optax.apply_if_finite`.'
     )
-  # Rounds by integers: no compiler takes the result for the float32 it was.
+  # Rounded by integer operations, which no compiler mistakes for the identity.
   format = _residual.format_of(dtype, 0, 'nearest')
   assert format is not None
   return format.encode(update)
@@ -65,7 +66,7 @@ def _leaf(path: Any, param: Any, gradient: Any, update: Any) -> Any:
 def _in_a_branch() -> bool:
   """Whether a conditional wrapper of Optax is among the callers.
 
-  There is no other sign of it: its branch is traced like any other function.
+  Nothing else shows it: the branch is traced like any other function.
   """
   frame = sys._getframe(1)
   while frame is not None:

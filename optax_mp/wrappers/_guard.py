@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Steps that would make something infinite or NaN are not taken."""
+"""Skips steps that would make anything infinite or NaN."""
 
 import functools
 from typing import Any, NamedTuple
@@ -19,8 +19,8 @@ class SkipNonfiniteState(NamedTuple):
   """Counts, named as in ``optax.ApplyIfFiniteState``, and the inner state."""
 
   notfinite_count: chex.Array  # (), int32: steps in a row that were not finite
-  last_finite: chex.Array  # (), bool: whether the last one was
-  total_notfinite: chex.Array  # (), int32
+  last_finite: chex.Array  # (), bool: whether the last step was finite
+  total_notfinite: chex.Array  # (), int32: all steps that were not finite
   inner_state: optax.OptState
 
 
@@ -29,32 +29,32 @@ def skip_nonfinite(
 ) -> optax.GradientTransformationExtraArgs:
   """Skips steps that would make anything infinite or NaN.
 
-  Take it around a recipe where gradients may overflow: in float16, without
-  clipping, with data that nobody has cleaned. It stands in place of
-  ``optax.apply_if_finite``, which looks at gradients alone and asks for updates
-  of their dtype. A bfloat16 gradient of 1e20 is finite, and its square is not.
+  Take it around a recipe if gradients may overflow: in float16, without
+  clipping, or with data that nobody has cleaned. It replaces
+  ``optax.apply_if_finite``, which checks gradients alone and needs updates of
+  the same dtype. A bfloat16 gradient of 1e20 is finite, but its square is not.
 
-  A step is skipped if a gradient is infinite or NaN, or if a parameter or a
-  value of the state becomes so that was not before. States of
-  :func:`compressed` are looked at in float32, before a format stores them. In a
-  skipped step parameters and states stay what they are, bit for bit: updates
-  are -0.0, and the counts below are all that changes.
+  A step is skipped if a gradient is infinite or NaN, or if a finite value of
+  the parameters or of the state becomes infinite or NaN. States of
+  :func:`compressed` are checked in float32, before a format stores them. A
+  skipped step changes no bit of the parameters and of the inner state: its
+  updates are -0.0, and only the counts and the flag below change.
 
-  **Stored:** two counts and a flag, ``notfinite_count`` (of steps in a row),
-  ``total_notfinite`` and ``last_finite``.
+  **Stored:** two counts and a flag: ``notfinite_count`` (steps in a row),
+  ``total_notfinite`` (all steps) and ``last_finite``.
 
   Args:
     tx: any Optax transformation: a recipe, a whole chain or a part of one.
-    max_consecutive: so many steps in a row are skipped at most, the next one is
-      taken whatever it does; None: no step is.
+    max_consecutive: how many steps in a row may be skipped. After them steps
+      are taken even if they are not finite. None sets no limit.
 
   Returns:
-    A transformation whose updates and inner state have the dtypes that those of
-    ``tx`` have.
+    A transformation. Its updates and its inner state have the same dtypes as
+    without the wrapper.
 
   Raises:
-    ValueError: for a ``max_consecutive`` that is no integer of 0 or more; in
-      ``update``, for a state that is not its own.
+    ValueError: if ``max_consecutive`` is not an integer of 0 or more; in
+      ``update``, if the state is not the one that ``init`` returned.
 
   Examples:
     >>> import jax.numpy as jnp, optax, optax_mp
@@ -66,13 +66,13 @@ def skip_nonfinite(
     >>> print(jnp.max(jnp.abs(updates)), state.total_notfinite)
     0.0 1
 
-  **Caveats:** ``tx.update`` is called twice, first for what to look at. So no
-  second state is kept: the state is updated where it lies. It costs arithmetic,
-  and gradients, parameters and state are read once more. A callback inside it
-  runs twice. The new state of a :func:`compressed` within another ``jit``,
-  ``vmap`` or ``cond`` inside ``tx`` is seen as it is stored, where an infinity
-  may have become a large number. One bad gradient skips the step of all
-  parameters; to skip those of a group alone, put it around a part of
+  **Caveats:** ``tx.update`` is called twice, the first time only to check the
+  step. Memory then holds one state, which is updated in place. The price is
+  arithmetic and one more read of gradients, parameters and state. A callback
+  inside ``tx`` runs twice. If ``tx`` calls :func:`compressed` inside a ``jit``,
+  ``vmap`` or ``cond``, the new state is checked as it is stored, where an
+  infinity may have become a large number. One bad gradient skips the step of
+  all parameters. To skip the step of one group alone, wrap its part of an
   ``optax.partition``. In ``backward.fused_step`` use ``skip_nonfinite=True``.
   """
   tx = _checked(tx, max_consecutive)
@@ -85,8 +85,8 @@ def skip_nonfinite(
   def update_fn(updates, state, params=None, **extra_args):
     _common.check_state(state, SkipNonfiniteState)
     consecutive, _, total, old = state
-    # A step of its own, of which nothing but a flag is left: a compiler that
-    # knew it to be the one that is taken would keep all of it until then.
+    # Only a flag remains of this first step. If a compiler knew that the second
+    # one is the same, it would keep all results of the first until then.
     finite = _finite.step_is_finite(
       functools.partial(tx.update, **extra_args),
       updates,
@@ -107,7 +107,7 @@ def skip_nonfinite(
 
 
 def _or_nothing(taken: jax.Array, update: Any) -> Any:
-  """The update, or the number that leaves every float as it is, -0.0, too."""
+  """The update, or -0.0: the number that changes no float it is added to."""
   if not _is_number(update):
     return update
   nothing = jnp.zeros_like(update)

@@ -8,13 +8,13 @@ import jax
 from optax_mp.formats import _base
 from optax_mp.formats import _paths
 
-# Optax's names of moments that are divided, or divided by, or whose sign is an
-# update. What is added up alone, such as a trace, needs no exact zero.
+# Optax's names of moments that are divided, that others are divided by, or
+# whose sign is the update. A sum alone, such as a trace, needs no exact zero.
 _MOMENTS = frozenset({'mu', 'nu', 'm1', 'm2'})
 
 
 def check_wide(like: Any, chosen: list[Any]) -> None:
-  """Raises a ValueError where `inner` has rounded a leaf already."""
+  """Raises a ValueError if `inner` has rounded a leaf that a format stores."""
   leaves = jax.tree_util.tree_leaves_with_path(like)
   for (path, leaf), format in zip(leaves, chosen, strict=True):
     if format is not None and _base.dtype_bits(leaf.dtype) < 32:
@@ -30,8 +30,8 @@ def check_wide(like: Any, chosen: list[Any]) -> None:
 def check_zeros(like: Any, params: Any, chosen: list[Any]) -> None:
   """Raises a ValueError for a moment in a format without an exact zero.
 
-  Where gradients are zero, Adam would divide the rest that comes back for the
-  first moment by the root of a second one that is zero.
+  For gradients of zero, such a format decodes a first moment of zero to a small
+  number, which Adam would divide by the root of a second moment of zero.
   """
   leaves = jax.tree_util.tree_leaves_with_path(like)
   parts = _paths.split_paths(

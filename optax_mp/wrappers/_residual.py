@@ -25,7 +25,7 @@ _SPLITS = (formats.Split, formats.SplitFloat16)
 def format_of(
   dtype: Any, residual_bits: Any, rounding: Any = None
 ) -> formats.Format | None:
-  """The format of a parameter and its residual; None for float32."""
+  """The format of a parameter and its residual; None for other dtypes."""
   if dtype == jnp.bfloat16:
     split, alone = formats.Split, formats.BFloat16
   elif dtype == jnp.float16:
@@ -34,16 +34,17 @@ def format_of(
     return None
   if residual_bits == 0:
     return alone(rounding or 'stochastic')
-  # An update far below the last of 24 bits must count on average: lr decays.
+  # Updates far below the last of 24 bits must count on average, since learning
+  # rates decay.
   default = 'nearest' if residual_bits == 16 else 'stochastic'
   return split(residual_bits, rounding or default)
 
 
 @formats.Stored.register
 class Residual(NamedTuple):
-  """What rounding a parameter removes; ``low.shape == param.shape``.
+  """The rounding error of a parameter; ``low.shape == param.shape``.
 
-  In a state the field is named after the format of both, ``low__Split_16_v2``.
+  In a state the field's name contains the format's, as ``low__Split_16_v2``.
   """
 
   low: chex.Array  # [u]int16 or [u]int8
@@ -62,19 +63,19 @@ def format_in(residual: Any) -> formats.Format | None:
 
 
 def is_residual(x: Any) -> bool:
-  """True for what the state keeps of one parameter, by name or by type."""
+  """True for the residual of one parameter, known by its type or its name."""
   return isinstance(x, (Residual, NoResidual)) or format_in(x) is not None
 
 
 def bits_of(residual: Any) -> int:
-  """16, 8 or, where no rounding error is kept, 0."""
+  """The bits of a residual: 16, 8, or 0 if no rounding error is kept."""
   low = jax.tree.leaves(residual)
   return _base.dtype_bits(low[0].dtype) if low else 0
 
 
 @functools.cache
 def like(param_dtype: Any, shape: Any, residual_bits: int) -> Any:
-  """What the state holds for a parameter: shapes and dtypes, under its name."""
+  """The residual of a parameter as a state keeps it, in shapes and dtypes."""
   format = format_of(param_dtype, residual_bits)
   if format is None:
     return optax.EmptyState()
@@ -85,13 +86,13 @@ def like(param_dtype: Any, shape: Any, residual_bits: int) -> Any:
 
 
 def no_error(param: chex.Array, residual_bits: int) -> Any:
-  """The residual of a parameter that is exactly what it should be: zeros."""
+  """The residual of a parameter without a rounding error: zeros."""
   expected = like(param.dtype, param.shape, residual_bits)
   return jax.tree.map(lambda x: jnp.zeros_like(param, x.dtype), expected)
 
 
 def fitting(path: Any, param: Any, residual: Any, residual_bits: int) -> Any:
-  """The residual, or a ValueError unless it is one of this parameter's."""
+  """The residual, or a ValueError if it does not fit the parameter."""
   expected = like(param.dtype, param.shape, residual_bits)
   found = _containers.as_stored(residual, expected)
   if _tree.layout(found) != _tree.layout(expected):
@@ -124,13 +125,13 @@ def join(param: chex.Array, residual: Any) -> chex.Array:
 
 
 def cut(format: formats.Format, stored: Any) -> tuple[chex.Array, Any]:
-  """What a format stored -> (parameter, residual)."""
+  """A weight that a format stored -> (parameter, residual)."""
   if formats.is_stored(stored):
     return stored.high, _names.named(format, Residual(stored.low))
   return stored, NoResidual()
 
 
-# Compiled apart, so that each shape is traced once, however many leaves.
+# Compiled by itself, so that each shape is traced once and not once per leaf.
 @functools.partial(jax.jit, static_argnums=0)
 def step(
   format: formats.Format,
@@ -145,15 +146,15 @@ def step(
 
 
 def _difference(target: chex.Array, param: chex.Array) -> jax.Array:
-  """The float32 number that `optax.apply_updates` adds to land on ``target``.
+  """The float32 number with which `optax.apply_updates` reaches ``target``.
 
-  It lands where ``target - param`` fits into the 24 bits of a float32: where
-  ``target`` has at most 16 binary places less than ``param``, both with the 8
-  significant bits of bfloat16 (float16: 13 and 11). Elsewhere it may miss by a
-  float32 rounding error of ``param``, far below the residual's reach.
+  It does so if ``target - param`` fits into the 24 bits of a float32. Both have
+  8 significant bits in bfloat16, so ``target`` may be up to 16 binary places
+  smaller than ``param`` (float16: 11 bits, 13 places). If it is smaller still,
+  the sum may miss ``target`` by a float32 rounding error of ``param``.
 
-  Where nothing changes it is -0.0: the one number that leaves every float as it
-  is, -0.0 among them, and infinity - infinity is never computed.
+  If nothing changes, it is -0.0, the one number that leaves every float as it
+  is, even -0.0. An infinity minus itself is then not used either.
   """
   difference = _common.widen(target) - _common.widen(param)
   return jnp.where(_same_bits(target, param), -0.0, difference)
