@@ -15,11 +15,11 @@ from optax_mp.formats import _ends
 from optax_mp.formats import _reductions
 from optax_mp.formats import _rounding
 
-# The values that are left out of means, and a power of two that keeps sums of
-# the huge ones finite.
-_KINDS = (_ends.OUTLIER, jnp.inf, jnp.nan)
-_INFINITE, _NAN = np.uint32(2), np.uint32(3)  # counted from 1
-_DOWN = 2.0**-64
+# Kinds of values, as they come back: none, then those that are left out of means.
+_KINDS = (0.0, _ends.OUTLIER, np.inf, np.nan)
+_WORDS = [np.float32(kind).view(np.int32) for kind in _KINDS]
+_INFINITE, _NAN = np.uint32(2), np.uint32(3)
+_DOWN = 2.0**-64  # keeps sums of huge values finite
 _SIGN, _WITHOUT_KIND = np.uint32(2**31), np.uint32(2**32 - 4)
 
 
@@ -103,7 +103,7 @@ class Factored:
 
   def decode(self, stored: Factors, like: jax.ShapeDtypeStruct) -> chex.Array:
     """Rows times columns, divided by the mean of all."""
-    (row, row_kind), (column, column_kind) = map(_unmarked, stored)
+    (row, row_lost), (column, column_lost) = map(_unmarked, stored)
     mean = jnp.mean(row, -1, keepdims=True)
     mean = jnp.where(mean < jnp.inf, mean, jnp.nan)
     # Divided before multiplied: the product of two small means underflows.
@@ -111,10 +111,10 @@ class Factored:
     product = share[..., :, None] * column[..., None, :]
     nonzero = (row > 0)[..., :, None] & (column > 0)[..., None, :]
     product = jnp.where(nonzero, jnp.maximum(product, _ends.TINY), product)
-    kind = jnp.minimum(row_kind[..., :, None], column_kind[..., None, :])
-    for i, value in enumerate(_KINDS, 1):
-      product = jnp.where(kind == i, value, product)
-    return product.astype(like.dtype)
+    # The words of 0, 2^120, infinity and NaN: one comparison for each value.
+    lost = jnp.minimum(row_lost[..., :, None], column_lost[..., None, :])
+    lost_value = lax.bitcast_convert_type(lost, jnp.float32)
+    return jnp.where(lost > 0, lost_value, product).astype(like.dtype)
 
 
 def _means(x: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
@@ -160,11 +160,15 @@ def _mean(
 
 
 def _unmarked(mean: chex.Array) -> tuple[jax.Array, jax.Array]:
-  """A mean, and the kind of what has no part in it; 0 if there is nothing."""
+  """A mean, and the word of what was left out of it; 0 if nothing was.
+
+  The words are int32, whose order is that of the kinds.
+  """
   mean = jnp.asarray(mean)
   word = lax.bitcast_convert_type(mean, jnp.uint32)
   size = _rounding.from_bits(word & _WITHOUT_KIND & ~_SIGN)
   size = jnp.where(size > _ends.TINY, size, 0.0)
-  kind = (word & ~_WITHOUT_KIND).astype(jnp.int32)
   marked = mean < 0
-  return jnp.where(marked, size, mean), jnp.where(marked, kind, 0)
+  kind = jnp.where(marked, (word & ~_WITHOUT_KIND).astype(jnp.int32), 0)
+  lost = jnp.select([kind == 0, kind == 1, kind == 2], _WORDS[:3], _WORDS[3])
+  return jnp.where(marked, size, mean), lost
