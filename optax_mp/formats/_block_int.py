@@ -102,12 +102,10 @@ class BlockInt:
   'stochastic'. Values below 2^-126 are zeros, as are those of a block whose
   largest is above 2^126, but for 'log'.
 
-  **Overflow:** an infinity or a NaN comes back as it is, and a negative value,
-  where there are no signs, as NaN. The other values of the block are rounded to
-  a coarser grid, as the last three codes now stand for values that are no
-  numbers. A finite value that only an overflow can have made, above 2^48 beside
-  smaller ones, does not set the scale either. It comes back as the largest of
-  the others; unsigned, where the limit is 2^96, as 2^120.
+  **Overflow:** an infinity or a NaN comes back as it is; unsigned, a negative
+  value as NaN. The other values of the block have three codes fewer. A value
+  above 2^48 beside smaller ones, as only an overflow makes it, comes back as the
+  largest of the others; unsigned, the limit is 2^96, and it becomes 2^120.
 
   References:
     Dettmers et al., `8-bit Optimizers via Block-wise Quantization

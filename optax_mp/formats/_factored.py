@@ -15,7 +15,7 @@ from optax_mp.formats import _ends
 from optax_mp.formats import _reductions
 from optax_mp.formats import _rounding
 
-# Kinds of values, as they come back: none, then those that are left out of means.
+# Kinds of values, as they come back: usual ones, then those left out of means.
 _KINDS = (0.0, _ends.OUTLIER, np.inf, np.nan)
 _WORDS = [np.float32(kind).view(np.int32) for kind in _KINDS]
 _INFINITE, _NAN = np.uint32(2), np.uint32(3)
