@@ -104,8 +104,8 @@ class BlockInt:
 
   **Overflow:** an infinity or a NaN comes back as it is; unsigned, a negative
   value as NaN. The other values of the block have three codes fewer. A value
-  above 2^48 beside smaller ones, as only an overflow makes it, comes back as the
-  largest of the others; unsigned, the limit is 2^96, and it becomes 2^120.
+  above 2^48 beside smaller ones, which only an overflow makes, comes back as
+  the largest of the others; unsigned, the limit is 2^96, and it becomes 2^120.
 
   References:
     Dettmers et al., `8-bit Optimizers via Block-wise Quantization
