@@ -271,7 +271,7 @@ def expanded(numbers, share=0.5, last=-3):
     k = np.floor(16 * reach / np.maximum(octaves, 2**-10)).clip(8, 255) / 16
     # Beside what is no number the widest range, up to the code ``last``.
     k = np.where(marked, 0.5, k)
-    high = np.where(marked, high / fractions[last] ** 2, high)
+    high = np.where(marked, high / power(fractions[last], 2), high)
     grid = power(fractions, 1 / k) * rounded_up(high)
     code = (grid[:, None, :] <= groups[..., None]).sum(-1) - 1
     code = np.clip(code, 0, len(fractions) - 2)
@@ -315,13 +315,26 @@ def feedback(value, residual, relative=False):
   return bound
 
 
+def _filled(x, bad, axis):
+  """Means where rank 1 continues into the crossings of marked rows and columns.
+
+  From Q' P' = m T', the product of the marked sums with the crossing m, where
+  Q' = Q + m, P' = P + m, T' = T + m.
+  """
+  own, across = (bad.any(a, keepdims=True) for a in (axis, -3 - axis))
+  total, q, p = (np.sum(x * mask, (-2, -1)) for mask in (1, own, across))
+  crossing = q * p / (total - q - p)
+  grown = np.where(q > 0, 1 + crossing / np.where(q > 0, q, 1), 1)
+  return x.mean(axis, keepdims=True) * np.where(own, grown, 1)
+
+
 def factored(x, bad=_NONE):
   """Exact: how far the array is from rows times columns over the mean."""
-  del bad  # zeros in the means
   x = x.astype(np.float64)
   if not x.size:
     return x
-  row, column = x.mean(-1, keepdims=True), x.mean(-2, keepdims=True)
+  bad = _mask(bad, x)
+  row, column = _filled(x, bad, -1), _filled(x, bad, -2)
   mean = row.mean(-2, keepdims=True)
   product = row / np.where(mean > 0, mean, 1.0) * column
   # A row's share of all may underflow.

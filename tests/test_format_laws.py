@@ -475,6 +475,59 @@ def test_one_value_leaves_the_others_alone(row, name, value):
   chex.assert_trees_all_equal(words(seen[others]), words(alone[others]))
 
 
+@pytest.mark.parametrize('row', _rows(lambda row: row.shares))
+@pytest.mark.parametrize('name', ['normal', 'blocks'])
+def test_a_marked_block_does_not_drift(row, name):
+  """Derived: stored again and again, the others stay within a bin.
+
+  An infinite second moment stays for good. Rounded to nearest, as the mean of
+  stochastic rounding is right in any case.
+  """
+  format = row.format
+  if _is_stochastic(row):
+    if hasattr(format, 'stochastic_below'):
+      format = dataclasses.replace(format, stochastic_below=None)
+    format = dataclasses.replace(format, rounding='nearest')
+  x = np.array(array(row, name))
+  bad = np.zeros(x.shape, bool)
+  bad[3, 5] = True
+  x = np.where(bad, np.float32(0), x)
+  once = again = round_trip(format, np.where(bad, np.float32(np.inf), x))
+  for _ in range(20):
+    again = round_trip(format, again)
+  moved = np.abs(np.asarray(again, np.float64) - once)
+  beside = tables.sharing(row, bad) & ~bad
+  if row.shares == 'matrix':  # its own first store is of no rank 1
+    assert np.all(moved[beside] <= 2**-12 * np.asarray(once)[beside])
+  else:
+    assert np.all((moved <= 1.5 * bound(row, x, bad))[beside])
+  assert np.all(np.asarray(again)[bad] == np.inf)
+
+
+@pytest.mark.parametrize('row', _rows(lambda row: row.shares))
+@pytest.mark.parametrize('huge', [1e30, 2e38])
+def test_an_infinity_beside_huge_values(row, huge):
+  """Exact for itself; nothing else becomes zero, small or no number."""
+  if huge > row.high:
+    pytest.skip('beyond the range of the format')
+  x = np.full(BLOCKS, huge, np.float32)
+  x[3, 5], x[9, 200] = np.inf, -0.0
+  seen = np.asarray(round_trip(row.format, x))
+  assert np.isinf(seen[3, 5])
+  usual = np.isfinite(x) & (x != 0) & ~tables.lost(row, x == 0)
+  assert np.all(np.isfinite(seen[usual]) & (seen[usual] > huge / 32))
+
+
+def test_a_row_of_huge_values_is_its_own():
+  """Exact. Along columns they share scales with small values."""
+  x = np.full(BLOCKS, 1e-6, np.float32)
+  x[3] = 1e30
+  for row in (tables.FORMATS['linear-4-rank1'], tables.FORMATS['factored']):
+    seen = np.asarray(round_trip(row.format, x))
+    assert np.all(seen[3] >= np.float32(1e30))
+    assert np.all(np.delete(seen, 3, 0) < 1e-5)
+
+
 @over_rows
 def test_infinities_stay_with_their_sign(row):
   """Exact, for a group of nothing else as well."""

@@ -103,9 +103,10 @@ class BlockInt:
   largest is above 2^126, but for 'log'.
 
   **Overflow:** an infinity or a NaN comes back as it is; unsigned, a negative
-  value as NaN. The other values of the block have three codes fewer. A value
-  above 2^48 beside smaller ones, which only an overflow makes, comes back as
-  the largest of the others; unsigned, the limit is 2^96, and it becomes 2^120.
+  value as NaN. The others of the block have two or three codes fewer, in 'log'
+  6 an octave (8 bits) or one in 1.14 octaves. A value above 2^48 beside smaller
+  ones, which only an overflow makes, comes back as the largest of the others;
+  unsigned, the limit is 2^96, and it becomes and stays 2^120.
 
   References:
     Dettmers et al., `8-bit Optimizers via Block-wise Quantization

@@ -26,7 +26,8 @@ from optax_mp.formats import _reductions
 HUGE = 2.0**48
 HUGE_SQUARE = HUGE**2
 # The value that a huge one is decoded to where there are no signs. An optimizer
-# divides by its root, so it must be large.
+# divides by its root, so it must be large. Multiplied by a decay it is huge in
+# the next step, too: it does not fall as in float32.
 OUTLIER = 2.0**120
 LARGEST = float(np.finfo(np.float32).max)
 TINY = 2.0**-126  # the smallest normal number; below it a value counts as zero
@@ -90,7 +91,8 @@ def largest(
     high = _reductions.reduce(jnp.maximum, _SIGN, _words(high), over)
     no_number = (~(x < jnp.inf)).astype(jnp.int32)
     marked = _reductions.reduce(jnp.bitwise_or, _NONE, no_number, over)
-    return _as_float(high & _ALL), marked > 0
+    high = high & _ALL
+    return _as_float(jnp.where(high < _NORMAL, 0, high)), marked > 0
 
   return _reductions.by_size(x, one=in_one, two=apart, others=in_one)
 
@@ -184,7 +186,8 @@ def _told_by_words(
     One whose smallest words are looked for, and one for the largest.
   """
   usual = (size >= TINY) & (size <= (HUGE if signed else HUGE_SQUARE))
-  low = high = jnp.where(usual, size, jnp.where(size < jnp.inf, -size, -0.0))
+  others = jnp.where(size < jnp.inf, -jnp.abs(size), -0.0)
+  low = high = jnp.where(usual, size, others)
   if signed:  # huge values are larger than others anyway
     low = jnp.where(size < jnp.inf, size, -0.0)
   return jnp.where(size < TINY, jnp.inf, low), high

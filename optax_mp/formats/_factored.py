@@ -89,7 +89,13 @@ class Factored:
     x = jnp.where(x < 0, jnp.nan, x)
     pairs = [_means(x, axis) for axis in (-1, -2)]
     has_usual = jnp.any(pairs[0][0] > 0, -1, keepdims=True)
-    return Factors(*(_mean(usual, rest, has_usual) for usual, rest in pairs))
+    row, column = (_of_usual_or_huge(*pair, has_usual) for pair in pairs)
+    kinds = [_kind(others, has_usual) for _, others in pairs]
+    shares = [_share(*pair) for pair in zip((row, column), kinds, strict=True)]
+    return Factors(
+      _marked(row, kinds[0], _filling(*shares)),
+      _marked(column, kinds[1], _filling(*shares[::-1])),
+    )
 
   def encode(
     self,
@@ -132,31 +138,79 @@ def _means(x: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
     return jnp.mean(usual, axis), jnp.mean(others, axis)
 
   def in_pairs(x):
-    both = jnp.mean(lax.complex(*split(x)), axis)
-    return lax.real(both), lax.imag(both)
+    both = jnp.sum(lax.complex(*split(x)), axis)
+    # Part by part: an infinity times a complex number is NaN in both.
+    return tuple(part(both) / x.shape[axis] for part in (lax.real, lax.imag))
 
   return _reductions.by_size(x, one=in_pairs, two=apart, others=apart)
 
 
-def _mean(
-  mean: jax.Array, others: jax.Array, has_usual: jax.Array
+def _of_usual_or_huge(
+  usual: jax.Array, others: jax.Array, has_usual: jax.Array
 ) -> jax.Array:
-  """A mean and, in its sign and its two last bits, the worst of the others.
+  """The means that count: of the others where nothing else is in the matrix."""
+  is_finite = others < jnp.inf
+  huge = jnp.where(is_finite, others * (1 / _DOWN), 0.0)
+  # The mean beside an infinity is lost, and taken to be the largest one.
+  largest = jnp.max(huge, -1, keepdims=True, initial=0.0)
+  return jnp.where(has_usual, usual, jnp.where(is_finite, huge, largest))
+
+
+def _kind(others: jax.Array, has_usual: jax.Array) -> jax.Array:
+  """The worst kind of the values that a mean leaves out, uint32; 0 for none.
 
   Args:
-    mean: of the usual values.
-    others: a mean of those that are not, made smaller.
-    has_usual: whether the matrix has other usual values than zeros. If not,
-      those above 2^96 are usual there.
+    others: the mean of these values, made smaller.
+    has_usual: whether the matrix has usual values that are not zero. If not,
+      values above 2^96 are usual there.
   """
-  finite = jnp.where(others < jnp.inf, others * (1 / _DOWN), 0.0)
-  mean = jnp.where(has_usual, mean, finite)
   huge = (has_usual & (others > 0)).astype(jnp.uint32)
   kind = jnp.where(others < jnp.inf, huge, _INFINITE)
-  kind = jnp.where(jnp.isnan(others), _NAN, kind)
-  word = _rounding.to_bits(jnp.maximum(mean, _ends.TINY)) & _WITHOUT_KIND
-  marked = _rounding.from_bits(word | _SIGN | kind)
+  return jnp.where(jnp.isnan(others), _NAN, kind)
+
+
+def _marked(mean: jax.Array, kind: jax.Array, filled: jax.Array) -> jax.Array:
+  """A mean with its kind in the sign and the last two bits.
+
+  Args:
+    mean: the values that were left out counted as zeros.
+    kind: of these values.
+    filled: what ``mean`` is multiplied by where there are any.
+
+  Returns:
+    The means, unchanged where the kind is 0.
+  """
+  word = _rounding.to_bits(jnp.maximum(mean * filled, _ends.TINY))
+  marked = _rounding.from_bits((word & _WITHOUT_KIND) | _SIGN | kind)
   return jnp.where(kind > 0, marked, mean)
+
+
+def _filling(own: jax.Array, across: jax.Array) -> jax.Array:
+  """How much larger marked rows are with the values that they have lost.
+
+  ``decode`` loses each marked row in each marked column. Counted as zeros, the
+  values there would make the marked rows smaller with each store. With the share
+  P of all values in marked columns, Q in marked rows and N = 1 - P - Q in
+  neither, a matrix of rank 1 has P Q / N there, so rows are (N + P) / N times
+  as large.
+
+  Args:
+    own: the share of the marked rows, Q; or of columns.
+    across: the share of the marked columns, P; or of rows.
+
+  Returns:
+    The factor; 1 where nearly all is marked and nothing can be said.
+  """
+  neither = 1 - own - across
+  known = neither > 2.0**-12
+  return jnp.where(known, 1 + across / jnp.where(known, neither, 1.0), 1.0)
+
+
+def _share(mean: jax.Array, kind: jax.Array) -> jax.Array:
+  """The share of all values that the marked means have."""
+  total = jnp.sum(mean, -1, keepdims=True)
+  marked = jnp.sum(jnp.where(kind > 0, mean, 0.0), -1, keepdims=True)
+  return marked / jnp.where(total > 0, total, 1.0)
 
 
 def _unmarked(mean: chex.Array) -> tuple[jax.Array, jax.Array]:

@@ -64,8 +64,8 @@ class Float8:
   255/16: what is more than F^4 / 4 times smaller than its block's largest value
   becomes the smallest code instead of collapsing the expansion of the others.
   Nothing is ever out of the dtype's range, where a cast would give NaN. An
-  infinity, a NaN or a value above 2^48 leaves the other values of its block
-  alone, as in :class:`BlockInt`.
+  infinity, a NaN or a value above 2^48 comes back as in :class:`BlockInt`; the
+  other values of its block are stored with k = 1/2.
 
   References:
     Xi et al., `COAT: Compressing Optimizer states and Activation for

@@ -7,6 +7,7 @@ import math
 import jax
 from jax import lax
 import jax.numpy as jnp
+import numpy as np
 
 from optax_mp.formats import _ends
 from optax_mp.formats import _grids
@@ -112,9 +113,10 @@ class Expanded:
       )
     k = jnp.where(high > 0, self._exponent(low, high), _SMALLEST)
     k = jnp.where(marked, _SMALLEST, k)
-    # The scale at which the largest value has the last code for numbers.
+    # The scale at which the largest value has the last code for numbers. The
+    # largest value of a stored block has the same one, however this rounds.
     last = self.numbers.normal(_grids.last(self)) / self.numbers.largest
-    wider = high / last ** (_SIXTEENTHS / _SMALLEST)
+    wider = high * ((1 - 2.0**-17) / _power_of(last, _SIXTEENTHS / _SMALLEST))
     wider = jnp.clip(wider, _ends.LEAST, _ends.LARGEST)
     high = jnp.where(marked, wider, high)
     # Rounded up, so that x / M is at most 1, but not to infinity.
@@ -162,6 +164,12 @@ def _power(x: jax.Array, k: jax.Array) -> jax.Array:
   words = (words.astype(jnp.float32) * k).astype(jnp.int32) + _ONE
   power = lax.bitcast_convert_type(jnp.maximum(words, 0), jnp.float32)
   return jnp.where(x == 0, 0.0, power)
+
+
+def _power_of(x: float, k: float) -> float:
+  """:func:`_power` of a number that is known."""
+  word = int((int(np.float32(x).view(np.int32)) - _ONE) * k) + _ONE
+  return float(np.int32(word).view(np.float32))
 
 
 def _unpack(scale: jax.Array, other: jax.Array) -> tuple[jax.Array, jax.Array]:

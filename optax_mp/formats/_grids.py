@@ -46,15 +46,14 @@ class Grid(Protocol):
   def fit(self, x: jax.Array, over: _reductions.Over, /) -> jax.Array:
     """The scale of each block, without the axes of its values.
 
-    In a marked block it is such that the largest value has the code
-    :func:`last`.
+    In a marked block it is such that no value needs a code above :func:`last`.
     """
     ...
 
   def scaled(self, x: jax.Array, scale: jax.Array, /) -> Relative:
     """The magnitude of x in the block's units, and whether the block is marked.
 
-    A value beyond the block's largest is a little above ``reach``.
+    A huge value is above ``reach``.
     """
     ...
 

@@ -34,12 +34,12 @@ class Rank1(NamedTuple):
 
 
 def _smaller(a: jax.Array, b: jax.Array) -> jax.Array:
-  """The smaller magnitude, negative where both are.
+  """The scale of the smaller magnitude, with its mark.
 
-  A value that is no number has negative scales along all axes.
+  A value that is no number has marked scales along all axes. A huge value has a
+  code of its own wherever smaller ones share a scale with it.
   """
-  size = jnp.minimum(jnp.abs(a), jnp.abs(b))
-  return jnp.where(jnp.maximum(a, b) < 0, -size, size)
+  return jnp.where(jnp.abs(a) < jnp.abs(b), a, b)
 
 
 def fit(grid: _grids.Grid, groups: Any, x: chex.Array) -> Any:

@@ -19,7 +19,6 @@ Multiplied by a power of two, a block has the same codes.
 """
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
@@ -51,11 +50,13 @@ class Log(_logarithms.Logarithms):
     span = jnp.where(marked, _MARK, span)
     # In a marked block the last codes are not for numbers.
     codes = (self.top - _grids.last(self)) / (self.top - 1)
-    above = math.ceil(codes * _MARK) << _DROPPED
+    above = round(codes * _MARK * 2**_DROPPED)
     # Code 1 is at or above the smallest number there: a negative logarithm
     # would hide the mark, which `unpack` gives as a sign.
     least = (_MARK << _DROPPED) + _logarithms.NORMAL
-    high = jnp.where(marked, jnp.maximum(high + above, least), high)
+    most = _logarithms.EXPONENTS - 2**_DROPPED - above  # or it would wrap
+    wider = jnp.maximum(jnp.minimum(high, most) + above, least)
+    high = jnp.where(marked, wider, high)
     high = _round_up(high)
     return ((high << _SPAN_BITS) | span).astype(jnp.uint32)
 

@@ -87,8 +87,10 @@ class Logarithms:
   def unscaled(self, position: jax.Array, grid: jax.Array) -> _grids.Relative:
     """The value at a position."""
     first, step = self.unpack(grid, words_of(position + 1) >> 31)
-    log = first + (position * step).astype(jnp.int32)
-    value = exponential(jnp.minimum(log, _LARGEST))
+    # Up to the largest number: beyond it the sign of a mark would be lost.
+    beyond = _LARGEST - (first & ~SIGN)
+    steps = jnp.minimum((position * step).astype(jnp.int32), beyond)
+    value = exponential(first + steps)
     return jnp.where(position < 0, 0.0, jnp.abs(value)), value
 
 

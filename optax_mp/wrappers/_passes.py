@@ -48,8 +48,8 @@ def _together(
   """The same scales, those of one parameter all at once on a GPU.
 
   Else XLA:GPU may compute the codes of one moment beside the scales of another
-  one: three kernels, which read the gradient three times. Factors are sums, of
-  other kernels anyway, and so are small leaves'.
+  one: three kernels, which read the gradient three times. Factored leaves and
+  small leaves are left out: XLA computes their scales in other kernels anyway.
   """
   leaves = jax.tree_util.tree_leaves_with_path(like)
   paths = [path for path, _ in leaves]
