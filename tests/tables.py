@@ -323,7 +323,8 @@ def _filled(x, bad, axis):
   """
   own, across = (bad.any(a, keepdims=True) for a in (axis, -3 - axis))
   total, q, p = (np.sum(x * mask, (-2, -1)) for mask in (1, own, across))
-  crossing = q * p / (total - q - p)
+  neither = total - q - p
+  crossing = q * p / np.where(neither > 0, neither, 1)
   grown = np.where(q > 0, 1 + crossing / np.where(q > 0, q, 1), 1)
   return x.mean(axis, keepdims=True) * np.where(own, grown, 1)
 
