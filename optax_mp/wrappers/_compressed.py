@@ -183,9 +183,7 @@ def keep_compressed(
         )
       return new_updates, _leaves.cast_like(inner_state, like)
 
-    scales = _passes.fit_ahead(
-      advance, state.inner_state, like, chosen, updates
-    )
+    scales = _passes.fit_ahead(advance, state.inner_state, like, chosen)
     new_updates, inner_state = advance(state.inner_state)
     _finite.note(
       inner_state,
