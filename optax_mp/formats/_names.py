@@ -2,11 +2,11 @@
 """Stored arrays carry the name of their format, in the name of a field.
 
 Orbax, ``flax.serialization``, pickle and msgpack all keep the field names of a
-NamedTuple, and most of them nothing else of it. So the last field of a stored
-leaf is called ``scales__BlockInt_8_signed_sqrt_log_128_block_v2`` in a state,
-and not ``scales``. A restore into a state of another format then fails and
-shows both names, and ``update`` checks the name while it is traced. The short
-name remains as an attribute, and ``isinstance`` works as before.
+NamedTuple, and most of them nothing else of it. The last field of a stored leaf
+is therefore called ``scales__BlockInt_8_signed_sqrt_log_128_block_v2`` in a
+state, and not ``scales``. A restore into a state of another format then fails
+and shows both names, and ``update`` checks the name while it is traced. The
+short name remains as an attribute, and ``isinstance`` works as before.
 """
 
 from collections.abc import Mapping

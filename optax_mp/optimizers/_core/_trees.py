@@ -78,18 +78,18 @@ def map_leaves(
   """Applies ``fn(g, *parts, *more) -> (update, *new_parts)`` leaf by leaf.
 
   Args:
-    fn: of one leaf; a part is what a tree of the state has at that leaf, an
-      array or any other pytree.
+    fn: a function of one leaf. A part is the subtree that a tree of the state
+      has at that leaf: an array or any other pytree.
     updates: gradients.
     state: the trees of the state that ``fn`` takes and returns.
     *others: trees that it takes only, such as parameters; None is None for all
       leaves.
 
   Returns:
-    The tree of updates, and those of ``state`` after this step.
+    The tree of updates, and the trees of ``state`` after this step.
   """
   leaves, treedef = jax.tree.flatten(updates)
-  if not leaves:  # a group of `optax.partition` may have none
+  if not leaves:  # a group of `optax.partition` may be empty
     return updates, *state
   trees = [
     [None] * len(leaves) if tree is None else treedef.flatten_up_to(tree)
@@ -116,29 +116,25 @@ def zeros_along(p: chex.Array, axes: Sequence[int], *after: int) -> chex.Array:
     An array of shape ``(*(p.shape[i] for i in axes), *after)``.
   """
   shape = (*(p.shape[i] for i in axes), *after)
+  others = sorted(set(range(p.ndim)) - {i % p.ndim for i in axes})
   sharding = getattr(jax.typeof(p), 'sharding', None)
   # On a mesh with explicit axes.
   if isinstance(sharding, NamedSharding) and any(sharding.spec):
     specs = (*sharding.spec, *[None] * (p.ndim - len(sharding.spec)))
     spec = PartitionSpec(*(specs[i] for i in axes), *[None] * len(after))
     x = jnp.zeros(shape, jnp.float32, device=NamedSharding(sharding.mesh, spec))
-    # From JAX 0.12 on, where no mesh was set, a traced constant is on none.
-    return _on_mesh(x, p, axes) if jax.typeof(x).sharding.mesh.empty else x
-  if not p.size:
+    if not jax.typeof(x).sharding.mesh.empty:
+      return x
+    # From JAX 0.12 on, a traced constant is on no mesh unless one was set. A
+    # sharded axis cannot be indexed here, so that the other axes are reduced.
+    part = jnp.max(p, others, initial=0)
+  elif not p.size:
     return jnp.zeros(shape, jnp.float32)
-  kept = [i % p.ndim for i in axes]
-  part = jnp.asarray(p)
-  for i in reversed(range(p.ndim)):
-    part = part if i in kept else lax.index_in_dim(part, 0, i, keepdims=False)
+  else:
+    x, part = jnp.zeros(shape, jnp.float32), jnp.asarray(p)
+    for i in reversed(others):
+      part = lax.index_in_dim(part, 0, i, keepdims=False)
   part = lax.broadcast_in_dim(part, shape, range(part.ndim))
-  return _layout.lay_out_like(jnp.zeros(shape, jnp.float32), part)
-
-
-def _on_mesh(x: chex.Array, p: chex.Array, axes: Sequence[int]) -> chex.Array:
-  """``x``, sharded like some axes of a parameter on an explicit mesh."""
-  kept = [i % p.ndim for i in axes]
-  part = jnp.max(p, [i for i in range(p.ndim) if i not in kept], initial=0)
-  part = lax.broadcast_in_dim(part, x.shape, range(part.ndim))
   return _layout.lay_out_like(x, part)
 
 
@@ -199,7 +195,7 @@ def leaf_keys(
   """
   key = jax.random.wrap_key_data(rng_key, impl='threefry2x32')
   if layer is not None:
-    key = jax.random.fold_in(key, layer + 1)  # 0 is what is in no stack
+    key = jax.random.fold_in(key, layer + 1)  # 0 is for leaves in no stack
 
   def own(path, _):
     own_key = jax.random.key_data(_paths.leaf_key(key, path))
@@ -215,7 +211,7 @@ def increment(count: chex.Array) -> chex.Array:
 
 
 def raw_key(seed: int) -> chex.PRNGKey:
-  """What a state keeps of a seed: (2,) uint32, no typed key."""
+  """The key that a state keeps for a seed: (2,) uint32, not a typed key."""
   return jax.random.key_data(jax.random.key(seed, impl='threefry2x32'))
 
 
