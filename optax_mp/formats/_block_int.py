@@ -99,9 +99,14 @@ class BlockInt:
 
   **Caveats:** rounded to nearest, an average that moves by less than half a
   step of its code stands still: second moments with b2 = 0.999 want
-  'stochastic'. A NaN, an infinity or, unsigned, a negative value makes NaN of
-  its block. Values below 2^-126 are zeros, as are those of a block whose
+  'stochastic'. Values below 2^-126 are zeros, as are those of a block whose
   largest is above 2^126, but for 'log'.
+
+  **Overflow:** an infinity or a NaN comes back as it is; unsigned, a negative
+  value as NaN. The others of the block have two or three codes fewer, in 'log'
+  6 an octave (8 bits) or one in 1.14 octaves. A value above 2^48 beside smaller
+  ones, which only an overflow makes, comes back as the largest of the others;
+  unsigned, the limit is 2^96, and it becomes and stays 2^120.
 
   References:
     Dettmers et al., `8-bit Optimizers via Block-wise Quantization

@@ -183,7 +183,9 @@ def keep_compressed(
         )
       return new_updates, _leaves.cast_like(inner_state, like)
 
-    scales = _passes.fit_ahead(advance, state.inner_state, like, chosen)
+    scales = _passes.fit_ahead(
+      advance, state.inner_state, like, chosen, updates
+    )
     new_updates, inner_state = advance(state.inner_state)
     _finite.note(
       inner_state,

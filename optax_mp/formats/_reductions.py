@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reductions over the values that share a scale, of words of float32.
+
+Floats are compared as integers: XLA:CPU's maximum of floats may pass over a
+NaN, and integers have an order in which values of another kind find a place.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+import numpy as np
+
+# Values of a leaf. With one reduction in place of two, XLA:GPU reads more for a
+# smaller leaf (on an H100); with two, it keeps the new moment of a larger leaf
+# in float32 between them (on an A100).
+FEW = 768 * 768
+
+
+def _as_it_is(x: jax.Array) -> jax.Array:
+  return x
+
+
+class Over(NamedTuple):
+  """Which values of an array share a scale: a reduction of the array."""
+
+  axes: tuple[int, ...]  # of the split array, to be reduced
+  split: Callable[[jax.Array], jax.Array] = _as_it_is  # into blocks
+  # Gives the reduced array its stored shape. This comes right after each
+  # reduction: XLA:TPU would copy every array that the scales are computed from.
+  kept: Callable[[jax.Array], jax.Array] = _as_it_is
+
+
+def by_size(x: jax.Array, one: Any, two: Any, others: Any) -> Any:
+  """``one`` on a GPU, ``two`` there for a small array, ``others`` elsewhere.
+
+  XLA:GPU computes an operand anew for each of two reductions, and for each
+  shape in which it is read. Where its cost model finds that too expensive, it
+  keeps the operand in float32 instead.
+  """
+  gpu = one if x.size >= FEW else two
+  return lax.platform_dependent(x, cpu=others, tpu=others, default=gpu)
+
+
+def words(x: jax.Array) -> jax.Array:
+  """The words of float32, int32."""
+  return lax.bitcast_convert_type(x, jnp.int32)
+
+
+def as_float(words: jax.Array) -> jax.Array:
+  """The float32 of words."""
+  return lax.bitcast_convert_type(words, jnp.float32)
+
+
+def reduce(
+  pairwise: Callable[[jax.Array, jax.Array], jax.Array],
+  start: np.int32,
+  x: jax.Array,
+  over: Over,
+) -> jax.Array:
+  """Reduces an array that is split already, on a CPU by halves.
+
+  XLA:CPU takes the numbers of the last axis one at a time, but compares two
+  halves of it many numbers at a time.
+  """
+
+  def at_once(x):
+    axes = tuple(axis % x.ndim for axis in over.axes)
+    return over.kept(lax.reduce(x, start, pairwise, axes))
+
+  def by_halves(x):
+    # The last few are left to a reduction: XLA:CPU would repeat the halving for
+    # each number that needs the scale, but does not repeat a reduction.
+    while over.axes == (-1,) and x.shape[-1] and x.shape[-1] % 16 == 0:
+      half = x.shape[-1] // 2
+      x = pairwise(x[..., :half], x[..., half:])
+    return at_once(x)
+
+  return lax.platform_dependent(x, cpu=by_halves, default=at_once)
