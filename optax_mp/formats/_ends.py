@@ -62,9 +62,9 @@ def largest(
   For arrays with signs. A huge value marks no block: it is stored as the
   largest of the others, in its own direction.
 
-  This is one reduction of integer keys, in the order zero, huge, usual; the
-  sign of a key says that there is an infinity or a NaN. For small leaves on a
-  GPU it is two reductions.
+  On a TPU, and for large leaves on a GPU, this is one reduction of integer
+  keys, in the order zero, huge, usual; the sign of a key says that there is an
+  infinity or a NaN. Elsewhere it is two.
 
   Args:
     x: float32.
@@ -79,7 +79,7 @@ def largest(
     keys = jnp.where(words <= _HUGE, words + _RAISED, words - _HUGE)
     keys = jnp.where(words < _NORMAL, 0, keys)
     keys = jnp.where(words < _INFINITY, keys, _SIGN)
-    keys = _reductions.reduce(_larger, _NONE, over.split(keys), over)
+    keys = _reductions.reduce_own(_larger, _NONE, over.split(keys), over)
     marked, keys = keys < 0, keys & _ALL
     huge = jnp.where(keys > 0, keys + _HUGE, 0)
     words = jnp.where(keys >= _RAISED + _NORMAL, keys - _RAISED, huge)
@@ -90,11 +90,11 @@ def largest(
     _, high = _told_by_words(x, signed=True)
     high = _reductions.reduce(jnp.maximum, _SIGN, _words(high), over)
     no_number = (~(x < jnp.inf)).astype(jnp.int32)
-    marked = _reductions.reduce(jnp.bitwise_or, _NONE, no_number, over)
+    marked = _reductions.reduce(jnp.maximum, _NONE, no_number, over)
     high = high & _ALL
     return _as_float(jnp.where(high < _NORMAL, 0, high)), marked > 0
 
-  return _reductions.by_size(x, one=in_one, two=apart, others=in_one)
+  return _reductions.by_size(x, one=in_one, two=apart, tpu=in_one)
 
 
 def range_of(size: jax.Array, over: _reductions.Over, signed: bool) -> Ends:
@@ -115,9 +115,8 @@ def range_of(size: jax.Array, over: _reductions.Over, signed: bool) -> Ends:
     # The pairs are viewed as blocks, not made of two views: XLA:GPU would count
     # the moment as used twice.
     pairs = over.split(lax.complex(*_told_by_words(size, signed)))
-    axes = tuple(axis % pairs.ndim for axis in over.axes)
     start = np.complex64(complex(np.inf, -0.0))
-    pairs = over.kept(lax.reduce(pairs, start, _wider, axes))
+    pairs = _reductions.reduce_own(_wider, start, pairs, over)
     return _words(lax.real(pairs)), _words(lax.imag(pairs))
 
   def apart(size):
@@ -125,7 +124,7 @@ def range_of(size: jax.Array, over: _reductions.Over, signed: bool) -> Ends:
     low = _reductions.reduce(jnp.minimum, _INFINITY, low, over)
     return low, _reductions.reduce(jnp.maximum, _SIGN, high, over)
 
-  low, high = _reductions.by_size(size, one=in_pairs, two=apart, others=apart)
+  low, high = _reductions.by_size(size, one=in_pairs, two=apart, tpu=apart)
   # The words of huge values are negative; -0, which stands for values that are
   # no numbers, has the least of all words.
   no_number = low == _SIGN

@@ -142,7 +142,7 @@ def _means(x: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
     # Part by part: an infinity times a complex number is NaN in both.
     return tuple(part(both) / x.shape[axis] for part in (lax.real, lax.imag))
 
-  return _reductions.by_size(x, one=in_pairs, two=apart, others=apart)
+  return _reductions.by_size(x, one=in_pairs, two=apart, tpu=apart)
 
 
 def _of_usual_or_huge(

@@ -33,15 +33,24 @@ class Over(NamedTuple):
   kept: Callable[[jax.Array], jax.Array] = _as_it_is
 
 
-def by_size(x: jax.Array, one: Any, two: Any, others: Any) -> Any:
-  """``one`` on a GPU, ``two`` there for a small array, ``others`` elsewhere.
+def by_size(x: jax.Array, one: Any, two: Any, tpu: Any) -> Any:
+  """``one`` reduction for a large array on a GPU, ``two`` for others.
 
   XLA:GPU computes an operand anew for each of two reductions, and for each
   shape in which it is read. Where its cost model finds that too expensive, it
   keeps the operand in float32 instead.
+
+  Args:
+    x: the array.
+    one: a function of it that has one reduction.
+    two: one that has two reductions, which all compilers know.
+    tpu: one of the two, for a TPU.
+
+  Returns:
+    The result of the function of the platform.
   """
   gpu = one if x.size >= FEW else two
-  return lax.platform_dependent(x, cpu=others, tpu=others, default=gpu)
+  return lax.platform_dependent(x, cpu=two, tpu=tpu, default=gpu)
 
 
 def words(x: jax.Array) -> jax.Array:
@@ -79,3 +88,36 @@ def reduce(
     return at_once(x)
 
   return lax.platform_dependent(x, cpu=by_halves, default=at_once)
+
+
+def reduce_own(
+  pairwise: Callable[[jax.Array, jax.Array], jax.Array],
+  start: Any,
+  x: jax.Array,
+  over: Over,
+) -> jax.Array:
+  """Reduces a split array by a function of our own, on a TPU or GPU.
+
+  Where values that share a scale lie on several devices, XLA makes an
+  all-reduce of a reduction. On a GPU, as on a CPU, it has them for sums,
+  products, maxima and minima alone. Of a reduction of two operands it gathers
+  the devices' parts instead. So on a GPU there is a second operand, which is
+  false everywhere, though the compiler cannot know.
+  """
+  axes = tuple(axis % x.ndim for axis in over.axes)
+
+  def alone(x):
+    return over.kept(lax.reduce(x, start, pairwise, axes))
+
+  def beside_another(x):
+    unknown = lax.optimization_barrier(jnp.zeros((), bool))
+    operands = x, jnp.broadcast_to(unknown, x.shape)
+    starts = start, np.bool_(False)
+
+    def of_both(a, b):
+      return pairwise(a[0], b[0]), a[1] | b[1]
+
+    x, unknown = lax.reduce(operands, starts, of_both, axes)
+    return over.kept(jnp.where(unknown, start, x))  # Both count as used.
+
+  return lax.platform_dependent(x, tpu=alone, default=beside_another)
