@@ -105,8 +105,10 @@ class BlockInt:
   **Overflow:** an infinity or a NaN comes back as it is; unsigned, a negative
   value as NaN. The others of the block have two or three codes fewer, in 'log'
   6 an octave (8 bits) or one in 1.14 octaves. A value above 2^48 beside smaller
-  ones, which only an overflow makes, comes back as the largest of the others;
-  unsigned, the limit is 2^96, and it becomes and stays 2^120.
+  ones, which only an overflow makes, comes back as the largest of the others.
+  Unsigned, the limit is 2^96, and the value becomes 2^120 at each ``encode``:
+  a weight with such a second moment moves no more. In float32 the moment would
+  decay, over some thousand steps, unless it is infinite.
 
   References:
     Dettmers et al., `8-bit Optimizers via Block-wise Quantization

@@ -3,7 +3,7 @@
 
 import collections
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax import lax
@@ -16,14 +16,22 @@ from optax_mp.formats import _reductions
 from optax_mp.formats import _tree
 
 
+class FirstPass(NamedTuple):
+  """A step without its updates and codes."""
+
+  stored: Any  # the state before, told apart from the one of the second pass
+  inner_state: Any  # the state after, in float32
+  scales: list[Any]  # of each leaf
+
+
 def fit_ahead(
   advance: Callable[[Any], tuple[Any, Any]],
   stored: Any,
   like: Any,
   chosen: list[Any],
   params: Any,
-) -> list[Any] | None:
-  """What formats need to know of a state that is not there yet.
+) -> FirstPass | None:
+  """The first pass: the scales of a state that is not there yet.
 
   Args:
     advance: of a stored state, updates and the new state in float32.
@@ -33,13 +41,14 @@ def fit_ahead(
     params: a tree of the structure of the parameters.
 
   Returns:
-    The scales of each leaf; None if no format has any.
+    The pass; None if no format has scales.
   """
   if not any(_fitted.is_fitted(format) for format in chosen):
     return None
-  _, ahead = advance(_recomputed(stored, like))
-  scales = _tree.fit_leaves(ahead, chosen)
-  return _together(scales, like, chosen, params)
+  again = _recomputed(stored, like)
+  _, ahead = advance(again)
+  scales = _together(_tree.fit_leaves(ahead, chosen), like, chosen, params)
+  return FirstPass(again, ahead, scales)
 
 
 def _together(
