@@ -96,13 +96,23 @@ def reduce_own(
   x: jax.Array,
   over: Over,
 ) -> jax.Array:
-  """Reduces a split array by a function of our own, on a TPU or GPU.
+  """Reduces a split array with any function, on a TPU or a GPU.
 
-  Where values that share a scale lie on several devices, XLA makes an
-  all-reduce of a reduction. On a GPU, as on a CPU, it has them for sums,
-  products, maxima and minima alone. Of a reduction of two operands it gathers
-  the devices' parts instead. So on a GPU there is a second operand, which is
-  false everywhere, though the compiler cannot know.
+  If the values that share a scale lie on several devices, XLA turns the
+  reduction into an all-reduce. CPUs and GPUs have all-reduces of sums,
+  products, maxima and minima only. A reduction of two operands is not turned
+  into one: XLA gathers the partial results of the devices instead. On a GPU
+  there is therefore a second operand. It is false everywhere, but the compiler
+  cannot know that.
+
+  Args:
+    pairwise: a function of two values, associative and commutative.
+    start: its neutral element.
+    x: the array.
+    over: which values share a scale.
+
+  Returns:
+    The reduced array, in its stored shape.
   """
   axes = tuple(axis % x.ndim for axis in over.axes)
 
