@@ -72,8 +72,9 @@ def _check_names(slots: list[_slots.Slot], found: dict[str, Any]) -> None:
   extra = set(found) - {slot.name for slot in slots}
   if extra:
     raise ValueError(
-      f'`tree` has {min(extra)!r}, of which a state of `tx` has nothing; got '
-      f'{len(found)} arrays for {len(slots)}. {_WAY_OUT}'
+      f'`tree` has an array {min(extra)!r}, but a state of `tx` has none of '
+      f'this name; got {len(found)} arrays, where it has {len(slots)}. '
+      f'{_WAY_OUT}'
     )
 
 

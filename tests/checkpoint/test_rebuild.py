@@ -206,7 +206,7 @@ def test_missing_extra_and_renamed_leaves():
   with pytest.raises(ValueError, match='no int32.*inner_state/0/count'):
     checkpoint.rebuild(tx, params, tree)
   tree = plain_containers(state) | {'more': np.zeros(3)}
-  with pytest.raises(ValueError, match="'more', of which a state of `tx` has"):
+  with pytest.raises(ValueError, match="array 'more', but a state of `tx` has"):
     checkpoint.rebuild(tx, params, tree)
   renamed = {'v': params['w'], 'b': params['b']}
   with pytest.raises(ValueError, match='mu/v'):
