@@ -102,13 +102,10 @@ class BlockInt:
   'stochastic'. Values below 2^-126 are zeros, as are those of a block whose
   largest is above 2^126, but for 'log'.
 
-  **Overflow:** an infinity or a NaN comes back as it is; unsigned, a negative
-  value as NaN. The others of the block have two or three codes fewer, in 'log'
-  6 an octave (8 bits) or one in 1.14 octaves. A value above 2^48 beside smaller
-  ones, which only an overflow makes, comes back as the largest of the others.
-  Unsigned, the limit is 2^96, and the value becomes 2^120 at each ``encode``:
-  a weight with such a second moment moves no more. In float32 the moment would
-  decay, over some thousand steps, unless it is infinite.
+  **Overflow:** an infinity or a NaN comes back as it is; a block with one has
+  a few codes fewer ('log': 6 an octave in 8 bits). A value above 2^48 beside
+  smaller ones comes back as their largest. Unsigned, one above 2^96 becomes
+  2^120 and does not decay as in float32, and a negative one becomes NaN.
 
   References:
     Dettmers et al., `8-bit Optimizers via Block-wise Quantization
