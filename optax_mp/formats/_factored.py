@@ -188,11 +188,11 @@ def _marked(mean: jax.Array, kind: jax.Array, filled: jax.Array) -> jax.Array:
 def _filling(own: jax.Array, across: jax.Array) -> jax.Array:
   """How much larger marked rows are with the values that they have lost.
 
-  ``decode`` loses each marked row in each marked column. Counted as zeros, the
-  values there would make the marked rows smaller with each store. With the share
-  P of all values in marked columns, Q in marked rows and N = 1 - P - Q in
-  neither, a matrix of rank 1 has P Q / N there, so rows are (N + P) / N times
-  as large.
+  Where a marked row crosses a marked column, ``decode`` does not know the
+  values. If these counted as zeros, the marked rows would become smaller with
+  each store. Of the sum of all known values, let P lie in marked columns, Q in
+  marked rows, and N = 1 - P - Q in neither. In a matrix of rank 1 the lost
+  values have P Q / N, so that the marked rows are (N + P) / N times as large.
 
   Args:
     own: the share of the marked rows, Q; or of columns.

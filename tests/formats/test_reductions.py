@@ -73,5 +73,8 @@ def test_scales_of_values_on_several_devices(name, target):
   x = jax.ShapeDtypeStruct((4096, 200), jnp.float32, sharding=cut)
   assert x.size >= _reductions.FEW
   format = tables.FORMATS[name].format
-  encode = lambda x: format.encode(x, jax.random.key(0))
+
+  def encode(x):
+    return format.encode(x, jax.random.key(0))
+
   compile_for(target, encode, x, mesh=mesh)
