@@ -69,7 +69,8 @@ class Affine:
   block has three codes fewer, and stores ``lo`` above ``hi`` as its mark.
   Values above 2^48 beside smaller ones do not widen the range either, and come
   back as the largest of them. Blocks of a range below 2^-122, with 8 bits
-  2^-118, are stored as their smallest value; values below 2^-126 are zeros.
+  2^-118, are stored as their smallest value; values below 2^-126 are zeros,
+  and values above 2^126 come back as 2^126.
 
   References:
     Modoranu et al., `MicroAdam: Accurate Adaptive Optimization with Low Space
@@ -152,6 +153,8 @@ class Affine:
   def _ends(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     cut = _blocks.cut(x.shape, self.block_size)
     low, high, marked = _ends.both(x, _reductions.Over(cut.axes, cut.split))
+    # So that neither the range nor the end below a marked one is infinite.
+    low, high = (jnp.clip(end, -(2.0**126), 2.0**126) for end in (low, high))
     if self.stats_dtype == 'bfloat16':
       low, high = -_rounded_up(-low), _rounded_up(high)
     # A marked block is one with lo above hi, so its ends must differ.

@@ -99,8 +99,8 @@ class BlockInt:
 
   **Caveats:** rounded to nearest, an average that moves by less than half a
   step of its code stands still: second moments with b2 = 0.999 want
-  'stochastic'. Values below 2^-126 are zeros, as are those of a block whose
-  largest is above 2^126, but for 'log'.
+  'stochastic'. Values below 2^-126 become zeros. In a block whose largest is
+  above 2^126 all may, except with 'log': the inverse of its scale underflows.
 
   **Overflow:** an infinity or a NaN comes back as it is; a block with one has
   a few codes fewer ('log': 6 an octave in 8 bits). A value above 2^48 beside

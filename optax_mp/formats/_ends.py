@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The smallest and the largest of the values that share a scale.
 
-An overflow must cost the one value that overflowed and no other, so a block's
-ends are those of its usual values:
+An overflow must cost only the value that overflowed. The smallest and the
+largest value of a block, its *ends*, are therefore found among its usual
+values:
 
-* An infinity or a NaN is not an end. The block is *marked*: by its sign or its
-  bits its scale says that the last codes stand for values that are no numbers.
-* A finite value that only an overflow can have made, a *huge* one, is not an
-  end either: above 2^48, or 2^96 in an array of squares, beside smaller values
-  that are not zero. A block of huge values and zeros alone is an ordinary one.
+* Infinities and NaNs are left out. A block that contains one is *marked*: a bit
+  of its scale says that the last codes stand for an infinity, a NaN and, in
+  arrays without signs, a huge value.
+* A *huge* value is left out as well. It is a finite value above 2^48, or above
+  2^96 in an array of squares, in a block that also has smaller values that are
+  not zero. It is taken for the result of an overflow. In a block that has huge
+  values and zeros alone, the huge values are usual ones.
 """
 
 from typing import NamedTuple
@@ -20,9 +23,9 @@ import numpy as np
 
 from optax_mp.formats import _reductions
 
-# A gradient above 2^64 has an infinite square; an average with decay 0.9999
-# takes in 1e-4 of it, still above 2^48. Gradients near 2^55 reach the second
-# limit in the same way, with their squares.
+# The square of a gradient above 2^64 is infinite. An average with decay 0.9999
+# takes in 1e-4 of the gradient, which is still above 2^48. Likewise, 1e-4 of
+# the square of a gradient of 2^55 is above 2^96.
 HUGE = 2.0**48
 HUGE_SQUARE = HUGE**2
 # The value that a huge one is decoded to where there are no signs. An optimizer
@@ -49,8 +52,10 @@ _words, _as_float = _reductions.words, _reductions.as_float
 class Ends(NamedTuple):
   """The ends of each block, without the axes of its values."""
 
-  low: jax.Array  # the smallest value that is not zero; TINY in a marked block
-  high: jax.Array  # the largest value; 0 in a block of zeros
+  # The smallest value that is not zero: TINY in a marked block, infinity in a
+  # block of zeros.
+  low: jax.Array
+  high: jax.Array  # the largest value: below TINY in a block of zeros
   marked: jax.Array  # whether some value has a code of its own
 
 

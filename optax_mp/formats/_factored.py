@@ -61,14 +61,16 @@ class Factored:
     0.015625
 
   **Caveats:** what is not of rank 1 is lost; for second moments only. Leading
-  axes are kept: a stack of layers has factors for each. Means are float32: of
-  rows or columns they are zero below 2^-126, and infinite where a sum is.
+  axes are kept: a stack of layers has factors for each. Means are float32:
+  those of rows or columns are zero below 2^-126.
 
   **Overflow:** an infinity, a NaN and a value above 2^96 beside smaller ones
   are left out of the means; a negative value counts as NaN. The sign and the
   last two bits of the means of their row and column record them, and they come
-  back, the last kind as 2^120. As only rows and columns are recorded, so does
-  every value in the row of one and the column of another: two make four.
+  back, the last kind as 2^120. Only rows and columns are recorded. A value
+  whose row and column are both marked therefore comes back as the milder of the
+  two kinds, even if it was a usual value: two infinities in different rows and
+  columns come back as four.
 
   References:
     Shazeer and Stern, `Adafactor <https://arxiv.org/abs/1804.04235>`_, 2018;
@@ -110,13 +112,16 @@ class Factored:
   def decode(self, stored: Factors, like: jax.ShapeDtypeStruct) -> chex.Array:
     """Rows times columns, divided by the mean of all."""
     (row, row_lost), (column, column_lost) = map(_unmarked, stored)
-    mean = jnp.mean(row, -1, keepdims=True)
-    mean = jnp.where(mean < jnp.inf, mean, jnp.nan)
-    # Divided before multiplied: the product of two small means underflows.
-    share = row / jnp.where(mean == 0, 1.0, mean)
+    # Neither the sum of huge means nor their product may overflow, nor the
+    # product of two small ones underflow: hence divided before multiplied.
+    largest = jnp.max(row, -1, keepdims=True, initial=0.0)
+    scaled = row * jnp.where(largest > _ends.HUGE_SQUARE, _DOWN, 1.0)
+    mean = jnp.mean(scaled, -1, keepdims=True)
+    share = scaled / jnp.where(mean == 0, 1.0, mean)
     product = share[..., :, None] * column[..., None, :]
     nonzero = (row > 0)[..., :, None] & (column > 0)[..., None, :]
-    product = jnp.where(nonzero, jnp.maximum(product, _ends.TINY), product)
+    within = jnp.clip(product, _ends.TINY, _ends.LARGEST)
+    product = jnp.where(nonzero, within, product)
     # The words of 0, 2^120, infinity and NaN: one comparison for each value.
     lost = jnp.minimum(row_lost[..., :, None], column_lost[..., None, :])
     lost_value = lax.bitcast_convert_type(lost, jnp.float32)
@@ -153,6 +158,8 @@ def _of_usual_or_huge(
   huge = jnp.where(is_finite, others * (1 / _DOWN), 0.0)
   # The mean beside an infinity is lost, and taken to be the largest one.
   largest = jnp.max(huge, -1, keepdims=True, initial=0.0)
+  # If no other mean is above zero, any number will do: `decode` divides by it.
+  largest = jnp.where(largest > 0, largest, 1.0)
   return jnp.where(has_usual, usual, jnp.where(is_finite, huge, largest))
 
 

@@ -64,8 +64,9 @@ class Float8:
   255/16: what is more than F^4 / 4 times smaller than its block's largest value
   becomes the smallest code instead of collapsing the expansion of the others.
   Nothing is ever out of the dtype's range, where a cast would give NaN. An
-  infinity, a NaN or a value above 2^48 comes back as in :class:`BlockInt`; the
-  other values of its block are stored with k = 1/2.
+  infinity, a NaN or a huge value comes back as in :class:`BlockInt`. With
+  ``expand``, the others of a block with an infinity or a NaN, and unsigned also
+  with a huge value, are stored with k = 1/2.
 
   References:
     Xi et al., `COAT: Compressing Optimizer states and Activation for

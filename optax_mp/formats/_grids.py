@@ -53,7 +53,8 @@ class Grid(Protocol):
   def scaled(self, x: jax.Array, scale: jax.Array, /) -> Relative:
     """The magnitude of x in the block's units, and whether the block is marked.
 
-    A huge value is above ``reach``.
+    A huge value is above ``reach``, unless the largest of the others is nearly
+    as large: then it has the last code for numbers.
     """
     ...
 
@@ -128,8 +129,8 @@ def _with_special(
 ) -> jax.Array:
   """The codes, with those of a marked block's values that are no numbers.
 
-  From the last code on: infinity, NaN and, where there are no signs, a huge
-  value.
+  Counted down from ``grid.infinity``, the codes stand for infinity, NaN and, in
+  arrays without signs, a huge value.
 
   Args:
     grid: the grid.

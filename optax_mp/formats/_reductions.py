@@ -100,10 +100,10 @@ def reduce_own(
 
   If the values that share a scale lie on several devices, XLA turns the
   reduction into an all-reduce. CPUs and GPUs have all-reduces of sums,
-  products, maxima and minima only. A reduction of two operands is not turned
-  into one: XLA gathers the partial results of the devices instead. On a GPU
-  there is therefore a second operand. It is false everywhere, but the compiler
-  cannot know that.
+  products, maxima and minima only. XLA makes no all-reduce of a reduction of
+  two operands: it gathers the partial results of the devices and reduces them
+  on each. On a GPU this function therefore adds a second operand. It is false
+  everywhere, but the compiler cannot know that.
 
   Args:
     pairwise: a function of two values, associative and commutative.

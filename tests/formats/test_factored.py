@@ -120,6 +120,23 @@ def test_a_value_that_is_no_second_moment_is_left_out_of_the_means(bad):
   assert np.all(seen[1] == 0.25)
 
 
+@pytest.mark.parametrize('value', [8e35, np.finfo(np.float32).max])
+def test_a_matrix_of_huge_values_stays_finite(value):
+  """Derived: two means, though the sum of all means overflows."""
+  seen = np.asarray(round_trip(np.full((512, 512), value, np.float32)))
+  np.testing.assert_allclose(seen, value, rtol=2**-20)
+
+
+@pytest.mark.parametrize('bad', [np.nan, np.inf], ids=str)
+def test_huge_values_beside_what_is_no_number_in_the_only_row(bad):
+  """Derived: two means of the row, which no other row tells anything about."""
+  x = np.zeros((4, 128), np.float32)
+  x[0] = 1e30
+  x[0, 0] = bad
+  seen = np.asarray(round_trip(x))
+  np.testing.assert_allclose(seen, x, rtol=2**-20)
+
+
 @pytest.mark.parametrize('shape', [(), (5,)], ids=str)
 def test_vectors_are_refused(shape):
   message = r'`x` must have two axes or more for `Factored`; got shape \('

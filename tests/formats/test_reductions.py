@@ -24,8 +24,8 @@ FILLED = {'zeros': 0.0, 'subnormals': 1e-40, 'huge alone': 1e30}
 def arrays():
   for name, values in SPECIAL.items():
     x = USUAL.copy()
-    for i, value in enumerate(values):
-      x[3 + i, 5 + 40 * i] = value
+    for i, value in enumerate(values):  # all in one block
+      x[3, 5 + 20 * i] = value
     yield name, x
   for name, value in FILLED.items():
     x = np.full_like(USUAL, value)
