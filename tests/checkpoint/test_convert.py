@@ -50,8 +50,7 @@ def moments(name, params, state):
 def one_code(values, size=128, **kwargs):
   """One bin of a map, which stochastic rounding may move through."""
 
-  def scale(x, bad, last):
-    del bad, last  # all are numbers here
+  def scale(x):
     groups = tables.grouped(x, size)
     wide = np.broadcast_to(groups.max(-1, keepdims=True), groups.shape)
     return wide.reshape(x.shape)
@@ -83,7 +82,7 @@ MU = {
   ),
   'softsign': one_code(tables.codes('softsign', 127), share=0.5),
   'block64': one_code(SQRT, 64, share=0.5),
-  'rank1': one_code(SQRT, share=0.5, scale=tables.smaller_units),
+  'rank1': one_code(SQRT, share=0.5, scale=tables.smaller_largest),
   'bfloat16': relative(2.0**-8),
   'float32': relative(0.0),
   'adamw': relative(0.0),
