@@ -184,7 +184,7 @@ def test_another_version_of_a_format():
   [
     ('8bit', '4bit', 'BlockInt_8_.*mu/w.*BlockInt_4_.*convert'),
     ('bf16-16', 'bf16-8', "Split_16_v2 at 'residual/b'.*Split_8_v2.*convert"),
-    ('bf16-16', 'bf16-0', "'residual/b/low__Split_16_v2'.*nothing"),
+    ('bf16-16', 'bf16-0', "'residual/b/low__Split_16_v2'.*has none"),
     ('bf16-0', 'bf16-16', "no Split_16_v2 at 'residual/b'"),
     ('8bit', 'bfloat16', 'BlockInt_8_.* at .*mu/w.*bfloat16\\(16, 256\\)'),
     ('bfloat16', '8bit', 'bfloat16\\(16, 256\\).*mu/w.*BlockInt_8_.*sqrt_log'),
