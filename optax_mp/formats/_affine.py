@@ -112,7 +112,7 @@ class Affine:
     return (low + code.astype(jnp.float32) * step).astype(like.dtype)
 
   def note(self, shape: tuple[int, ...]) -> str:
-    """What is special about an array of this shape; shown by the plan."""
+    """A remark on arrays of this shape, which the plan shows."""
     whole = len(shape) == 1
     return '' if whole else _blocks.why_rows(shape, self.block_size)
 
@@ -122,7 +122,7 @@ class Affine:
 
   @property
   def _lowest(self) -> int:
-    """What is stored for code 0: four bits are int4, which Orbax can save."""
+    """The stored number of code 0. Orbax can save int4, so 4 bits are int4."""
     return -8 if self.bits == 4 else 0
 
   @property
@@ -142,7 +142,7 @@ class Affine:
     return cut.kept(low, x), cut.kept(high, x)
 
   def _expand(self, end: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """What is stored for a block, for each of its values."""
+    """The end of a block, for each of its values."""
     end, whole = end.astype(jnp.float32), self._whole(shape)
     if whole is None:
       return _blocks.cut(shape, self.block_size).expand(end)

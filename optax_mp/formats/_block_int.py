@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""8 and 4 bits with a scale a block: the formats of low-bit optimizers."""
+"""8 and 4 bits, one scale per block: the formats of low-bit optimizers."""
 
 import dataclasses
 from typing import Any, Literal, NamedTuple
@@ -22,7 +22,7 @@ _MAPS = ('sqrt', 'sqrt_log', 'log', 'dynamic', 'softsign', 'linear')
 
 @_base.Stored.register
 class Block(NamedTuple):
-  """Codes, and what blocks of them share. ``codes.shape == x.shape``."""
+  """Codes, and the scales of their blocks. ``codes.shape == x.shape``."""
 
   codes: chex.Array  # x.shape, 8- or 4-bit integer or 8-bit float
   # (..., R, C / block_size) or (..., R): float32, or uint32 for a grid of two
@@ -32,9 +32,9 @@ class Block(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class BlockInt:
-  r"""Keeps an array in 8- or 4-bit integers, with a scale a block.
+  r"""Keeps an array in 8- or 4-bit integers, with one scale per block.
 
-  **Stored:** ``Block(codes, scales)``: 1 or 1/2 byte per value, and 4 bytes a
+  **Stored:** ``Block(codes, scales)``: 1 or 1/2 byte per value, and 4 bytes per
   block, 1/32 of a byte per value. With s the largest magnitude of a block and
   v(n) the value of code n in the map,
 
@@ -43,7 +43,7 @@ class BlockInt:
     \qquad \mathrm{decode} = \mathrm{sign}\; v(n)\, s,
 
   or, rounded stochastically, one of the two codes around x, with probabilities
-  that make the mean of what is decoded x ('log': of its logarithm).
+  that make the mean of the decoded value x ('log': the mean of its logarithm).
 
   =========== ======================================== ====================
   map         v(n), N the largest code                 of
@@ -66,11 +66,11 @@ class BlockInt:
     signed: False for second moments and other arrays that are not negative.
     map: see above; 'sqrt' if signed, else 'log'.
     block_size: values of a block, along the last axis. An array whose last two
-      axes are no multiples of (8, ``block_size``) has one scale a row.
+      axes are no multiples of (8, ``block_size``) has one scale per row.
     scale: 'block', or 'rank1': the smallest of the largest magnitudes of a
       value's row, column, ...; sum(shape) numbers, for two axes or more.
-    rounding: 'nearest' or 'stochastic' (needs a key). Of a key for 'log' the
-      last word is taken for the number of a step, over which draws are even:
+    rounding: 'nearest' or 'stochastic' (needs a key). 'log' takes the last
+      word of a key for the number of a step, over which draws are even:
       ``jax.random.key`` will do for one array, ``compressed`` counts steps.
     stochastic_below: a code, from which on 'stochastic' takes the nearer one
       all the same. An average with decay b that nothing is added to falls by
@@ -100,8 +100,8 @@ class BlockInt:
   **Caveats:** rounded to nearest, an average that moves by less than half a
   step of its code stands still: second moments with b2 = 0.999 want
   'stochastic'. A NaN, an infinity or, unsigned, a negative value makes NaN of
-  its block. Values below 2^-126 are zeros, as are those of a block whose
-  largest is above 2^126, but for 'log'.
+  its block. Values below 2^-126 become zeros. If the largest value of a
+  block is above 2^126, all may become zeros, except with 'log'.
 
   References:
     Dettmers et al., `8-bit Optimizers via Block-wise Quantization
@@ -180,7 +180,7 @@ class BlockInt:
     return jnp.where(code < 0, -value, value).astype(like.dtype)
 
   def note(self, shape: tuple[int, ...]) -> str:
-    """What is special about an array of this shape; shown by the plan."""
+    """A remark on arrays of this shape, which the plan shows."""
     if self.scale == 'rank1' and len(shape) > 1:
       return ''
     return _blocks.why_rows(shape, self.block_size)

@@ -107,7 +107,7 @@ class ErrorFeedback:
     return both.astype(like.dtype)
 
   def note(self, shape: tuple[int, ...]) -> str:
-    """What is special about an array of this shape; shown by the plan."""
+    """A remark on arrays of this shape, which the plan shows."""
     return _fitted.note(self.format, shape)
 
   @property

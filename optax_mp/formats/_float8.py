@@ -121,7 +121,7 @@ class Float8:
     return jnp.where(number < 0, -value, value).astype(like.dtype)
 
   def note(self, shape: tuple[int, ...]) -> str:
-    """What is special about an array of this shape; shown by the plan."""
+    """A remark on arrays of this shape, which the plan shows."""
     return _blocks.why_rows(shape, self.block_size)
 
   @property
