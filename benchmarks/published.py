@@ -186,7 +186,7 @@ OURS: dict[str, Pair] = {
   'adamw_8bit': {'mu': _first(map='sqrt_log'), 'nu': _second()},
   'coat_adamw': {
     'mu': formats.Float8(),
-    'nu': formats.Float8(rounding='stochastic'),
+    'nu': formats.Float8(rounding='stochastic', signed=False),
   },
   'flash_adamw': {
     'mu': _first(map='softsign', block_size=32),

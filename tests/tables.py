@@ -19,6 +19,7 @@ BF16 = formats.BFloat16
 SPLIT = formats.Split
 INT = formats.BlockInt
 TINY = 2.0**-126  # the smallest normal number
+_NONE = np.False_  # of an array's values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +37,8 @@ class FormatRow:
   high: float = 1e38  # ... to `high`
   absolute: float = 0.0  # ... or <= absolute
   exact: bool = False  # decode(encode(x)) is x, bit for bit
-  bound: Callable[[np.ndarray], np.ndarray] | None = None
+  # ... of an array and of its values that were no numbers, which are 0 in it.
+  bound: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None
   shares: str = ''  # a scale, with its 'block', its 'cross' or the 'matrix'
   signed: bool = True  # False: for values that are not negative
   mirror: bool = True  # -x comes back as minus what x does
@@ -51,6 +53,10 @@ class FormatRow:
   ulps: int = 0  # by which two programs may differ in what they decode
   slop: float = 0.0  # what float32 adds to `bound`, relative to values
   odd: bool = True  # tried on odd shapes and on eight devices as well
+
+
+def _mask(bad: np.ndarray, x: np.ndarray) -> np.ndarray:
+  return np.broadcast_to(bad, x.shape)
 
 
 def grouped(x: np.ndarray, size: int = 128) -> np.ndarray:
@@ -73,11 +79,25 @@ def largest(x: np.ndarray) -> np.ndarray:
   return wide.reshape(x.shape)
 
 
-def smaller_largest(x: np.ndarray) -> np.ndarray:
-  """The smaller one of the largest of its row and of its column."""
+def units(x: np.ndarray, bad: np.ndarray, last: float) -> np.ndarray:
+  """The scale of each value: the largest of its group.
+
+  Beside a value that is no number it is larger, so that the largest has the
+  code whose value is ``last``: those after it are for what is no number.
+  """
+  return largest(x) / np.where(largest(bad), last, 1.0)
+
+
+def smaller_units(x: np.ndarray, bad: np.ndarray, last: float) -> np.ndarray:
+  """The smaller one of the scales of its row and of its column."""
   if x.ndim < 2 or not x.size:
-    return largest(x)
-  return np.minimum(x.max(0, keepdims=True), x.max(1, keepdims=True))
+    return units(x, bad, last)
+  rows, columns = (
+    x.max(axis, keepdims=True)
+    / np.where(bad.any(axis, keepdims=True), last, 1.0)
+    for axis in (1, 0)
+  )
+  return np.minimum(rows, columns)
 
 
 def tree(decades: int, cells: int) -> np.ndarray:
@@ -120,20 +140,51 @@ E5M2 = numbers(ml_dtypes.float8_e5m2)
 NO_ZERO = np.arange(17) / 16  # but for its first: there is no code for 0
 
 
+def sharing(row: FormatRow, mask: np.ndarray) -> np.ndarray:
+  """Values that share a scale with one of those of a mask, and those."""
+  if row.shares == 'block':
+    return largest(mask)
+  if row.shares == 'cross' and mask.ndim > 1:
+    return mask.any(0, keepdims=True) | mask.any(1, keepdims=True)
+  if row.shares == 'matrix':
+    return np.broadcast_to(mask.any((-2, -1), keepdims=True), mask.shape)
+  return largest(mask) if row.shares else mask
+
+
+def lost(row: FormatRow, mask: np.ndarray) -> np.ndarray:
+  """Values that come back as one of those of a mask, and those.
+
+  A matrix of factors has marks of rows and columns only.
+  """
+  if row.shares == 'matrix':
+    return mask.any(-1, keepdims=True) & mask.any(-2, keepdims=True)
+  return mask
+
+
+def outliers(row: FormatRow, x: np.ndarray) -> np.ndarray:
+  """Values that only an overflow makes, beside others that share their scale.
+
+  Above 2^48, or 2^96 where there are no signs: squares.
+  """
+  size = np.abs(x)
+  huge = size > (2.0**48 if row.signed else 2.0**96)
+  return huge & sharing(row, (size >= TINY) & ~huge) & bool(row.shares)
+
+
 # Derived bounds: half the bin that a value is in, all of it if rounded
 # stochastically. `whole` are bins that only one of their ends rounds to: the
 # first where nothing becomes zero, the last where there is no -1.
 
 
-def scaled(values, share=0.5, whole=(), scale=largest):
-  """Bins of a map, in units of the scale."""
+def scaled(values, share=0.5, whole=(), scale=units, last=-3):
+  """Bins of a map, in units of the scale; ``last`` as for :func:`units`."""
   moves = share * np.diff(values)
   for i in whole:
     moves[i] = np.diff(values)[i]
 
-  def bound(x):
+  def bound(x, bad=_NONE):
     x = np.abs(x.astype(np.float64))
-    unit = scale(x)
+    unit = scale(x, _mask(bad, x), values[last])
     fraction = x / np.where(unit > 0, unit, 1.0)
     code = np.searchsorted(values, fraction, 'right') - 1
     return moves[np.clip(code, 0, len(moves) - 1)] * unit
@@ -144,9 +195,9 @@ def scaled(values, share=0.5, whole=(), scale=largest):
 def logarithmic(top, share=0.5):
   """Bins of equal steps of the logarithm, between the ends of a group."""
 
-  def bound(x):
+  def bound(x, bad=_NONE):
     x = np.abs(x)
-    low, high, step = log_range(x, top)
+    low, high, step = log_range(x, top, largest(_mask(bad, x)))
     if top == 255:  # a position has 24 bits, a step 20
       move = share * step + 2**-19 * (high - low) + 4
     else:
@@ -160,24 +211,31 @@ def logarithmic(top, share=0.5):
   return bound
 
 
-def log_range(x, top):
+def log_range(x, top, marked=False):
   """Ends of each value's group, as logarithms, and the steps between.
 
   Of 255 codes they are from the octave of the least to the largest, a whole
   number of 4 significant bits an octave; of 15 the ends are rounded
   outwards, each by up to 2^13. They reach down 40 octaves, or 15.
+
+  Groups that are marked, beside values that are no numbers, reach down from
+  their largest value to the smallest number, or as far; of 15 codes 16 octaves.
+  Three codes fewer are left.
   """
   low = -largest(-np.where(x >= TINY, x, np.float32(np.inf)))
-  low, high = log_word(np.minimum(low, largest(x))), log_word(largest(x))
+  low = np.where(marked, TINY, np.minimum(low, largest(x)))
+  low, high = log_word(low), log_word(largest(x))
   low = np.maximum(low, high - (40 if top == 255 else 15) * 2.0**23)
   if top < 255:
-    return low, high, (high - low + 2 * 2**13) / (top - 1)
+    step = (high - low + 2 * 2**13) / (top - 1)
+    return low, high, np.where(marked, 16 * 2.0**23 / (top - 1), step)
   octave = np.floor(low / 2.0**23) * 2.0**23
   fraction, exponent = np.frexp(largest(x).astype(np.float64))
   exponent = np.where(fraction > 0, exponent + 126, 1)
   word = 2.0**23 * (exponent + np.maximum(2 * fraction - 1, 0))
   high = word + 2.0**23 / 12  # or less: where sqrt(3 m - 2) - m is largest
-  steps = np.clip(254 * 2.0**23 / (high - octave), 1, 512)
+  codes = np.where(marked, 251, 254)
+  steps = np.clip(codes * 2.0**23 / (high - octave), 1, 512)
   fraction, exponent = np.frexp(steps)
   steps = np.floor(np.ldexp(np.floor(16 * fraction) / 16, exponent))
   return octave, high, 2.0**23 / steps
@@ -198,18 +256,22 @@ def value(log):
   return 2.0 ** (octave - 127) * (root**2 + 2) / 3
 
 
-def expanded(numbers, share=0.5):
+def expanded(numbers, share=0.5, last=-3):
   """Bins of fp8 numbers to the power 1/k, with COAT's k for each group."""
   fractions = numbers / numbers[-1]
   reach = np.log2(numbers[-1] ** 2 / 2)
 
-  def bound(x):
+  def bound(x, bad=_NONE):
     groups = grouped(np.abs(x.astype(np.float64)))
+    marked = grouped(_mask(bad, x)).any(-1, keepdims=True)
     high = groups.max(-1, keepdims=True)
     high = np.where(high >= TINY, high, TINY)
     low = np.where(groups >= TINY, groups, np.inf).min(-1, keepdims=True)
     octaves = np.log2(high) - np.log2(np.minimum(low, high))
     k = np.floor(16 * reach / np.maximum(octaves, 2**-10)).clip(8, 255) / 16
+    # Beside what is no number the widest range, up to the code ``last``.
+    k = np.where(marked, 0.5, k)
+    high = np.where(marked, high / power(fractions[last], 2), high)
     grid = power(fractions, 1 / k) * rounded_up(high)
     code = (grid[:, None, :] <= groups[..., None]).sum(-1) - 1
     code = np.clip(code, 0, len(fractions) - 2)
@@ -240,8 +302,8 @@ def feedback(value, residual, relative=False):
   """Half the widest bin of the residuals' map, times the largest residual."""
   widest = np.diff(residual).max() / 2
 
-  def bound(x):
-    error, x = value(x), np.abs(x.astype(np.float64))
+  def bound(x, bad=_NONE):
+    error, x = value(x, bad), np.abs(x.astype(np.float64))
     if not relative:
       return widest * largest(error)
     # A residual is relative to what was stored, within `error` of x; to more
@@ -253,23 +315,39 @@ def feedback(value, residual, relative=False):
   return bound
 
 
-def factored(x):
+def _filled(x, bad, axis):
+  """Means where rank 1 continues into the crossings of marked rows and columns.
+
+  From Q' P' = m T', the product of the marked sums with the crossing m, where
+  Q' = Q + m, P' = P + m, T' = T + m.
+  """
+  own, across = (bad.any(a, keepdims=True) for a in (axis, -3 - axis))
+  total, q, p = (np.sum(x * mask, (-2, -1)) for mask in (1, own, across))
+  neither = total - q - p
+  crossing = q * p / np.where(neither > 0, neither, 1)
+  grown = np.where(q > 0, 1 + crossing / np.where(q > 0, q, 1), 1)
+  return x.mean(axis, keepdims=True) * np.where(own, grown, 1)
+
+
+def factored(x, bad=_NONE):
   """Exact: how far the array is from rows times columns over the mean."""
   x = x.astype(np.float64)
   if not x.size:
     return x
-  row, column = x.mean(-1, keepdims=True), x.mean(-2, keepdims=True)
+  bad = _mask(bad, x)
+  row, column = _filled(x, bad, -1), _filled(x, bad, -2)
   mean = row.mean(-2, keepdims=True)
   product = row / np.where(mean > 0, mean, 1.0) * column
   # A row's share of all may underflow.
   return np.abs(product - x) + 2**-18 * product + 2.0**-126 * column
 
 
-def affine(top):
+def affine(codes):
   """Half a step between the ends of a group, in bfloat16, rounded outwards."""
 
-  def bound(x):
-    groups = grouped(x.astype(np.float64))
+  def bound(x, bad=_NONE):
+    groups, top = grouped(x.astype(np.float64)), codes - 1
+    top = top - 3 * grouped(_mask(bad, x)).any(-1, keepdims=True)
     low, high = groups.min(-1, keepdims=True), groups.max(-1, keepdims=True)
     size = np.maximum(np.abs(low), np.abs(high))
     # A step has 20 bits, what it is added to 24.
@@ -312,7 +390,8 @@ def block_int(
     own = own | MULTIPLIED
   else:
     values, whole, own = codebook(map, bits, signed)
-    bound = scaled(values, share, whole)
+    one_sided = map == 'dynamic' and signed
+    bound = scaled(values, share, whole, last=-3 - (one_sided or not signed))
   if not signed:
     own = own | {'signed': False, 'nonzero': True}
   format = INT(bits, signed, map, rounding=rounding)
@@ -382,7 +461,7 @@ FORMATS = {
   'linear-4-rank1': block(
     INT(4, False, 'linear', scale='rank1'),
     4 + 32 * (256 + 1024) / (256 * 1024),
-    scaled(NO_ZERO, whole=[0], scale=smaller_largest),
+    scaled(NO_ZERO, whole=[0], scale=smaller_units, last=-4),
     shares='cross',
     signed=False,
     zero=False,
@@ -392,7 +471,7 @@ FORMATS = {
   'affine-4': block(
     formats.Affine(block_size=128),
     4.25,
-    affine(15),
+    affine(16),
     zero=False,
     mirror=False,
     fixed=None,
@@ -402,6 +481,13 @@ FORMATS = {
   'e5m2': block(formats.Float8('e5m2'), 8.25, expanded(E5M2), **POWERS),
   'e4m3-stochastic': block(
     formats.Float8(rounding='stochastic'), 8.25, expanded(E4M3, 1.0), **POWERS
+  ),
+  'e4m3-unsigned': block(
+    formats.Float8(signed=False),
+    8.25,
+    expanded(E4M3, last=-4),
+    signed=False,
+    **POWERS,
   ),
   'factored': block(
     formats.Factored(),

@@ -21,6 +21,10 @@ BUDGETS = tomllib.loads(
 )
 del BUDGETS['in backward']  # which `backward/test_memory.py` reads
 TARGETS = ['tpu-v5e', 'h100']
+# A budget of `gpus` is that of each of these. Their compilers decide by the
+# arithmetic that a device has for a byte of its bandwidth: of an A100 little.
+GPUS = ['t4', 'l4', 'a100-40gb', 'h100', 'h200', 'b200']
+TWO_GPUS = ['a100-40gb', 'h100']
 SHAPES = {
   'large': [(8192, 8192)],
   'stacked': [(24, 1024, 4096)],
@@ -28,8 +32,8 @@ SHAPES = {
   # Its compilation takes as many seconds as it has leaves; 200 others are in
   # `benchmarks/results/update.json`, with limits of their own in its test.
   'small': [(128, 256)] * 20,
-  # What XLA:GPU keeps in float32 between two kernels, because it is so large.
   'huge': [(26, 4096, 16384)],
+  'mixed': [(50257, 768), (1024, 4096), (768,), (24, 1024, 1024)],
 }
 RECIPES = [n for n in contenders.CONTENDERS if not n.startswith('optax.')]
 # Rounding of a figure in the file, and what a kernel needs whatever the size.
@@ -60,46 +64,68 @@ def measure(name, target, shapes):
   }
 
 
+def targets_of(key):
+  """The targets that one line of the file is for."""
+  return {'gpus': GPUS, 'two-gpus': TWO_GPUS}.get(key, [key])
+
+
 def test_every_recipe_has_a_budget():
   assert set(BUDGETS) == set(RECIPES)
   for budget in BUDGETS.values():
     assert 'large' in budget
-    for shapes, row in budget.items():  # a huge leaf is none for a v5e
-      assert set(row) == ({'h100'} if shapes == 'huge' else set(TARGETS))
+    for shapes, row in budget.items():
+      targets = {target for key in row for target in targets_of(key)}
+      assert 'h100' in targets
+      # A huge leaf is none for a v5e.
+      assert shapes in ('huge', 'mixed') or 'tpu-v5e' in targets
 
 
 CASES = [
-  (name, shapes, target)
+  pytest.param(name, shapes, target, row[key], id=f'{name}-{shapes}-{target}')
   for name in BUDGETS
-  for shapes in BUDGETS[name]
-  for target in BUDGETS[name][shapes]
+  for shapes, row in BUDGETS[name].items()
+  for key in row
+  for target in targets_of(key)
 ]
 
 
-@pytest.mark.parametrize(('name', 'shapes', 'target'), CASES)
-def test_the_step_keeps_to_its_budget(name, shapes, target):
+@pytest.mark.parametrize(('name', 'shapes', 'target', 'budget'), CASES)
+def test_the_step_keeps_to_its_budget(name, shapes, target, budget):
   """Claim: of `budgets.toml`."""
   for figure, measured in measure(name, target, SHAPES[shapes]).items():
-    budget = BUDGETS[name][shapes][target][figure]
-    assert measured <= budget + SLACK, figure
-    assert measured >= 0.95 * budget - SLACK, f'{figure}: lower the budget'
+    limit = budget[figure]
+    assert measured <= limit + SLACK, figure
+    assert measured >= 0.95 * limit - SLACK, f'{figure}: lower the budget'
 
 
-@pytest.mark.parametrize('shapes', [s for s in SHAPES if s != 'huge'])
+@pytest.mark.parametrize('name', ['adamw_8bit', 'adamw_4bit', 'coat_adamw'])
+def test_two_passes_on_every_gpu(name):
+  """Claim: scales first, then codes, and no moment in float32 in between."""
+  temporaries, moved = {
+    'adamw_8bit': (0.15, 16.75),
+    'adamw_4bit': (0.15, 13.75),
+    'coat_adamw': (0.2, 17.0),
+  }[name]
+  for row in BUDGETS[name].values():
+    for key in row.keys() - {'tpu-v5e'}:
+      assert row[key]['temporaries'] <= temporaries
+      assert row[key]['moved'] <= moved
+
+
+@pytest.mark.parametrize('shapes', ['large', 'stacked', 'ragged', 'small'])
 def test_what_adamw_8bit_promises(shapes):
   """Claim: a ragged leaf may take more on a TPU, where it has a scale a row."""
-  budget = BUDGETS['adamw_8bit'][shapes]
-  temporaries = 4.5 if shapes == 'ragged' else 2.1
-  assert budget['tpu-v5e']['temporaries'] <= temporaries
-  assert budget['tpu-v5e']['moved'] <= 48
-  assert budget['h100']['temporaries'] <= 0.1
+  budget = BUDGETS['adamw_8bit'][shapes]['tpu-v5e']
+  assert budget['temporaries'] <= (4.5 if shapes == 'ragged' else 2.2)
+  assert budget['moved'] <= 48
 
 
 if __name__ == '__main__':
   # The figures to write into the file.
   for name in RECIPES:
     for shapes in BUDGETS.get(name, ['large']):
-      for target in BUDGETS.get(name, {}).get(shapes, TARGETS):
-        figures = measure(name, target, SHAPES[shapes])
-        rounded = {k: round(v, 2) for k, v in figures.items()}
-        print(name, shapes, target, rounded, flush=True)
+      for key in BUDGETS.get(name, {}).get(shapes, TARGETS):
+        for target in targets_of(key):
+          figures = measure(name, target, SHAPES[shapes])
+          rounded = {k: round(v, 2) for k, v in figures.items()}
+          print(name, shapes, target, rounded, flush=True)

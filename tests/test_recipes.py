@@ -53,9 +53,9 @@ def divided(rounding):
   return int8(10 + rounding, map='sqrt_log')
 
 
-def fp8(rounding):
+def fp8(rounding, **settings):
   rounding = STOCHASTIC if rounding == STOCHASTIC else 'nearest'
-  return formats.Float8(rounding=rounding)
+  return formats.Float8(rounding=rounding, **settings)
 
 
 def of_muon_or_adam(rounding):
@@ -89,7 +89,7 @@ WITH_DECAY = {
     optax.adamw,
     lambda r: {
       'mu': fp8(r),
-      'nu': fp8(STOCHASTIC),
+      'nu': fp8(STOCHASTIC, signed=False),
     },
     'b1',
   ),

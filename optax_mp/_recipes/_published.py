@@ -59,7 +59,7 @@ def coat_adamw(
     'mu': formats.Float8(
       rounding='nearest' if _build.is_fast(b1) else 'stochastic'
     ),
-    'nu': formats.Float8(rounding='stochastic'),
+    'nu': formats.Float8(rounding='stochastic', signed=False),
   }
   inner = optax.adamw(*args, **kwargs)
   return _build.assemble(

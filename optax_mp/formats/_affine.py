@@ -14,7 +14,13 @@ import numpy as np
 from optax_mp.formats import _base
 from optax_mp.formats import _block_int
 from optax_mp.formats import _blocks
+from optax_mp.formats import _ends
 from optax_mp.formats import _groups
+from optax_mp.formats import _reductions
+
+# The values of a marked block's last codes, from the last one on.
+_SPECIAL = (np.inf, -np.inf, np.nan)
+_LEAST = 2.0**-100  # a range that is large enough for a step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,10 +64,13 @@ class Affine:
   **Caveats:** zero has no code unless all of a block is zero. Beside other
   values it comes back as another number, and -x comes back as another one than
   minus x. Optimizers divide moments and take their signs, so ``compressed``
-  refuses this format for fields called ``mu``, ``nu``, ``m1`` or ``m2``. A NaN
-  or an infinity makes NaN of its block. Blocks of a range below 2^-122, with 8
-  bits 2^-118, are stored as their smallest value; values below 2^-126 are
-  zeros.
+  refuses this format for fields called ``mu``, ``nu``, ``m1`` or ``m2``.
+  Infinities and NaNs come back as they are and do not widen the range; their
+  block has three codes fewer, and stores ``lo`` above ``hi`` as its mark.
+  Values above 2^48 beside smaller ones do not widen the range either, and come
+  back as the largest of them. Blocks of a range below 2^-122, with 8 bits
+  2^-118, are stored as their smallest value; values below 2^-126 are zeros,
+  and values above 2^126 come back as 2^126.
 
   References:
     Modoranu et al., `MicroAdam: Accurate Adaptive Optimization with Low Space
@@ -97,19 +106,26 @@ class Affine:
     del key
     x = jnp.asarray(x, jnp.float32)
     scales = self.fit(x) if scales is None else scales
-    low, step = self._grid(scales, x.shape)
+    low, step, marked = self._grid(scales, x.shape)
     code = jnp.floor((x - low) / jnp.where(step > 0, step, 1.0) + 0.5)
-    code = jnp.where(step > 0, jnp.clip(code, 0, self._top), 0.0)
-    code = code.astype(jnp.int32) + self._lowest
+    code = jnp.clip(code, 0, self._top - jnp.where(marked, len(_SPECIAL), 0.0))
+    code = jnp.where(step > 0, code, 0.0).astype(jnp.int32)
+    for down, value in enumerate(_SPECIAL):
+      same = x != x if np.isnan(value) else x == value
+      code = jnp.where(marked & same, self._top - down, code)
+    code += self._lowest
     return _block_int.Block(code.astype(self._dtype), scales)
 
   def decode(
     self, stored: _block_int.Block, like: jax.ShapeDtypeStruct
   ) -> chex.Array:
     """Gives the codes' values, in the dtype of ``like``."""
-    low, step = self._grid(stored.scales, like.shape)
+    low, step, marked = self._grid(stored.scales, like.shape)
     code = jnp.asarray(stored.codes, jnp.int32) - self._lowest
-    return (low + code.astype(jnp.float32) * step).astype(like.dtype)
+    x = low + code.astype(jnp.float32) * step
+    for down, value in enumerate(_SPECIAL):
+      x = jnp.where(marked & (code == self._top - down), value, x)
+    return x.astype(like.dtype)
 
   def note(self, shape: tuple[int, ...]) -> str:
     """A remark on arrays of this shape, which the plan shows."""
@@ -136,9 +152,17 @@ class Affine:
 
   def _ends(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     cut = _blocks.cut(x.shape, self.block_size)
-    low, high = _blocks.ends(cut.split(x), cut.axes)
+    low, high, marked = _ends.both(x, _reductions.Over(cut.axes, cut.split))
+    # So that neither the range nor the end below a marked one is infinite.
+    low, high = (jnp.clip(end, -(2.0**126), 2.0**126) for end in (low, high))
     if self.stats_dtype == 'bfloat16':
       low, high = -_rounded_up(-low), _rounded_up(high)
+    # A marked block is one with lo above hi, so its ends must differ.
+    below = (low - jnp.maximum(jnp.abs(low) * 2.0**-7, _LEAST)).astype(
+      low.dtype
+    )
+    below = jnp.where(low < high, low, below)
+    low, high = jnp.where(marked, high, low), jnp.where(marked, below, high)
     return cut.kept(low, x), cut.kept(high, x)
 
   def _expand(self, end: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -151,17 +175,20 @@ class Affine:
     return jnp.concatenate([first, last])
 
   def _grid(self, scales: Any, shape: tuple[int, ...]):
-    """Lo and the step of each value.
+    """The offset and the step for each value, and whether its block is marked.
 
     The step has so few bits that a code times it is exact: else decoded values
     would depend on whether a compiler fuses product and sum.
     """
     low, high = (self._expand(end, shape) for end in scales)
-    step = (high - low) * np.float32(1 / self._top)
+    marked = low > high
+    low, high = jnp.minimum(low, high), jnp.maximum(low, high)
+    top = self._top - np.arange(2) * len(_SPECIAL)
+    step = (high - low) * jnp.where(marked, *np.float32(1 / top[::-1]))
     half = 1 << (self.bits - 1)
     word = lax.bitcast_convert_type(step, jnp.int32) + half
     word &= -2 * half
-    return low, lax.bitcast_convert_type(word, jnp.float32)
+    return low, lax.bitcast_convert_type(word, jnp.float32), marked
 
 
 def _rounded_up(x: jax.Array) -> jax.Array:

@@ -99,9 +99,13 @@ class BlockInt:
 
   **Caveats:** rounded to nearest, an average that moves by less than half a
   step of its code stands still: second moments with b2 = 0.999 want
-  'stochastic'. A NaN, an infinity or, unsigned, a negative value makes NaN of
-  its block. Values below 2^-126 become zeros. If the largest value of a
-  block is above 2^126, all may become zeros, except with 'log'.
+  'stochastic'. Values below 2^-126 become zeros. In a block whose largest is
+  above 2^126 all may, except with 'log': the inverse of its scale underflows.
+
+  **Overflow:** an infinity or a NaN comes back as it is; a block with one has
+  a few codes fewer ('log': 6 an octave in 8 bits). A value above 2^48 beside
+  smaller ones comes back as their largest. Unsigned, one above 2^96 becomes
+  2^120 and does not decay as in float32, and a negative one becomes NaN.
 
   References:
     Dettmers et al., `8-bit Optimizers via Block-wise Quantization

@@ -8,23 +8,19 @@ as does an array padded to whole blocks. So there is no padding: an array that
 the view does not fit has a scale a row.
 """
 
-import functools
 import math
 from typing import Any, NamedTuple
 
 import jax
-from jax import lax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
-import numpy as np
 
 _SUBLANES = 8  # rows of a tile
 # A scale for fewer values than this weighs more than it helps, and one for more
 # than that, of several axes, helps too little.
 _SHORT, _LONG = 16, 2**13
 _SHORTEST = 4  # with a scale each, values of 8 bits take 16
-_INFINITY = 0x7F800000  # the word of infinity
 
 
 class Blocks(NamedTuple):
@@ -148,68 +144,3 @@ def why_rows(shape: tuple[int, ...], block_size: int) -> str:
   if shape[-1] % block_size:
     return f'one scale {what}: {shape[-1]} is no multiple of {block_size}'
   return f'one scale {what}: {shape[-2]} is no multiple of {_SUBLANES}'
-
-
-def largest(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-  """The largest magnitude over axes, 0 where there is nothing.
-
-  Compared as words, where a NaN is larger than infinity: XLA:CPU's maximum of
-  floats may pass over it.
-  """
-  words = lax.bitcast_convert_type(x, jnp.int32) & 0x7FFFFFFF
-  reduce = functools.partial(jnp.max, initial=0)
-  return _as_float(_reduce(jnp.maximum, reduce, words, axes))
-
-
-def smallest(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-  """The smallest number over axes, infinity where there is nothing.
-
-  A negative one, though not the smallest, if there are any.
-  """
-  words = lax.bitcast_convert_type(x, jnp.int32)
-  reduce = functools.partial(jnp.min, initial=_INFINITY)
-  return _as_float(_reduce(jnp.minimum, reduce, words, axes))
-
-
-def ends(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-  """The smallest and the largest number over axes; NaN if not all are finite.
-
-  Compared as words whose order is that of the numbers, with NaNs beyond them.
-  """
-  words = _ordered(lax.bitcast_convert_type(x, jnp.int32))
-  top = np.int32(0x7FFFFFFF)
-  least = functools.partial(jnp.min, initial=top)
-  most = functools.partial(jnp.max, initial=-top)
-  low = _as_float(_ordered(_reduce(jnp.minimum, least, words, axes)))
-  high = _as_float(_ordered(_reduce(jnp.maximum, most, words, axes)))
-  finite = (low > -jnp.inf) & (high < jnp.inf)
-  return jnp.where(finite, low, jnp.nan), jnp.where(finite, high, jnp.nan)
-
-
-def _ordered(words: jax.Array) -> jax.Array:
-  """Of negative numbers the magnitude counts down; its own inverse."""
-  return jnp.where(words < 0, words ^ 0x7FFFFFFF, words)
-
-
-def _as_float(words: jax.Array) -> jax.Array:
-  return lax.bitcast_convert_type(words, jnp.float32)
-
-
-def _reduce(pairwise, reduce, x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-  """Reduces over axes, on a CPU by halves.
-
-  XLA:CPU takes the numbers of the last axis one at a time. Its halves, one
-  beside the other, are compared many at a time.
-  """
-
-  def by_halves(x):
-    # Not down to one: it would halve anew for each number that needs a scale,
-    # where it does not repeat a reduction.
-    while axes == (-1,) and x.shape[-1] and x.shape[-1] % 16 == 0:
-      half = x.shape[-1] // 2
-      x = pairwise(x[..., :half], x[..., half:])
-    return reduce(x, axes)
-
-  return lax.platform_dependent(
-    x, cpu=by_halves, default=lambda x: reduce(x, axes)
-  )

@@ -9,8 +9,13 @@ import jax
 import jax.numpy as jnp
 
 from optax_mp.formats import _base
+from optax_mp.formats import _ends
 from optax_mp.formats import _fitted
 from optax_mp.formats import _paths
+
+# Relative to the rounded value no rounding error is larger: neighbouring codes
+# are a factor of four apart at most, the first two of fp8 to the power two.
+_MOST = 4.0
 
 
 @_base.Stored.register
@@ -93,6 +98,10 @@ class ErrorFeedback:
     error = jnp.where(jnp.isfinite(seen), x - seen, 0.0)
     if self.relative:
       error = jnp.where(seen == 0, 0.0, error / seen)
+      # An outlier comes back as one number, whatever it was: the difference is
+      # no rounding error, and would set the scale of all residuals beside it.
+      rounded = (jnp.abs(seen) != _ends.OUTLIER) & (jnp.abs(error) <= _MOST)
+      error = jnp.where(rounded, error, 0.0)
     return Feedback(value, self.residual.encode(error, own_key))
 
   def decode(self, stored: Feedback, like: jax.ShapeDtypeStruct) -> chex.Array:
@@ -100,6 +109,8 @@ class ErrorFeedback:
     wide = jax.ShapeDtypeStruct(like.shape, jnp.float32)
     value = self.format.decode(stored.value, wide)
     residual = self.residual.decode(stored.residual, wide)
+    # An infinity times 0 is none.
+    residual = jnp.where(jnp.isfinite(value), residual, 1.0)
     both = value + (value * residual if self.relative else residual)
     if not self.signed:
       # The residual is coarse beside the smallest values of its block.

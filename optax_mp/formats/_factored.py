@@ -6,17 +6,28 @@ from typing import NamedTuple
 
 import chex
 import jax
+from jax import lax
 import jax.numpy as jnp
+import numpy as np
 
 from optax_mp.formats import _base
+from optax_mp.formats import _ends
+from optax_mp.formats import _reductions
+from optax_mp.formats import _rounding
 
-_TINY = 2.0**-126
+# Kinds of values, as they come back: usual ones, then those left out of means.
+_KINDS = (0.0, _ends.OUTLIER, np.inf, np.nan)
+_WORDS = [np.float32(kind).view(np.int32) for kind in _KINDS]
+_INFINITE, _NAN = np.uint32(2), np.uint32(3)
+_DOWN = 2.0**-64  # keeps sums of huge values finite
+_SIGN, _WITHOUT_KIND = np.uint32(2**31), np.uint32(2**32 - 4)
 
 
 @_base.Stored.register
 class Factors(NamedTuple):
   """Means along the last two axes of an array of shape (..., R, C)."""
 
+  # Negative if some values were left out of the mean: see `Factored`.
   row: chex.Array  # (..., R), float32: the mean of each row
   column: chex.Array  # (..., C), float32: the mean of each column
 
@@ -49,10 +60,17 @@ class Factored:
     >>> formats.bits_per_value(format, (4096, 4096))
     0.015625
 
-  **Caveats:** what is not of rank 1 is lost; for second moments only. A
-  negative value makes NaN of its matrix. Leading axes are kept: a stack
-  of layers has factors for each. Means are float32: of rows or columns they
-  are zero below 2^-126, and infinite where a sum is.
+  **Caveats:** what is not of rank 1 is lost; for second moments only. Leading
+  axes are kept: a stack of layers has factors for each. Means are float32:
+  those of rows or columns are zero below 2^-126.
+
+  **Overflow:** an infinity, a NaN and a value above 2^96 beside smaller ones
+  are left out of the means; a negative value counts as NaN. The sign and the
+  last two bits of the means of their row and column record them, and they come
+  back, the last kind as 2^120. Only rows and columns are recorded. A value
+  whose row and column are both marked therefore comes back as the milder of the
+  two kinds, even if it was a usual value: two infinities in different rows and
+  columns come back as four.
 
   References:
     Shazeer and Stern, `Adafactor <https://arxiv.org/abs/1804.04235>`_, 2018;
@@ -71,7 +89,15 @@ class Factored:
       )
     x = jnp.asarray(x, jnp.float32)
     x = jnp.where(x < 0, jnp.nan, x)
-    return Factors(jnp.mean(x, -1), jnp.mean(x, -2))
+    pairs = [_means(x, axis) for axis in (-1, -2)]
+    has_usual = jnp.any(pairs[0][0] > 0, -1, keepdims=True)
+    row, column = (_of_usual_or_huge(*pair, has_usual) for pair in pairs)
+    kinds = [_kind(others, has_usual) for _, others in pairs]
+    shares = [_share(*pair) for pair in zip((row, column), kinds, strict=True)]
+    return Factors(
+      _marked(row, kinds[0], _filling(*shares)),
+      _marked(column, kinds[1], _filling(*shares[::-1])),
+    )
 
   def encode(
     self,
@@ -85,12 +111,125 @@ class Factored:
 
   def decode(self, stored: Factors, like: jax.ShapeDtypeStruct) -> chex.Array:
     """Rows times columns, divided by the mean of all."""
-    row, column = map(jnp.asarray, stored)
-    mean = jnp.mean(row, -1, keepdims=True)
-    mean = jnp.where(mean < jnp.inf, mean, jnp.nan)
-    # Divided before multiplied: the product of two small means underflows.
-    share = row / jnp.where(mean == 0, 1.0, mean)
+    (row, row_lost), (column, column_lost) = map(_unmarked, stored)
+    # Neither the sum of huge means nor their product may overflow, nor the
+    # product of two small ones underflow: hence divided before multiplied.
+    largest = jnp.max(row, -1, keepdims=True, initial=0.0)
+    scaled = row * jnp.where(largest > _ends.HUGE_SQUARE, _DOWN, 1.0)
+    mean = jnp.mean(scaled, -1, keepdims=True)
+    share = scaled / jnp.where(mean == 0, 1.0, mean)
     product = share[..., :, None] * column[..., None, :]
     nonzero = (row > 0)[..., :, None] & (column > 0)[..., None, :]
-    product = jnp.where(nonzero, jnp.maximum(product, _TINY), product)
-    return product.astype(like.dtype)
+    within = jnp.clip(product, _ends.TINY, _ends.LARGEST)
+    product = jnp.where(nonzero, within, product)
+    # The words of 0, 2^120, infinity and NaN: one comparison for each value.
+    lost = jnp.minimum(row_lost[..., :, None], column_lost[..., None, :])
+    lost_value = lax.bitcast_convert_type(lost, jnp.float32)
+    return jnp.where(lost > 0, lost_value, product).astype(like.dtype)
+
+
+def _means(x: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
+  """Means along an axis: of the usual values, and of the others, made smaller.
+
+  The second mean is infinite only if one of its values is.
+  """
+
+  def split(x):
+    usual = x <= _ends.HUGE_SQUARE
+    return jnp.where(usual, x, 0.0), jnp.where(usual, 0.0, x * _DOWN)
+
+  def apart(x):
+    usual, others = split(x)
+    return jnp.mean(usual, axis), jnp.mean(others, axis)
+
+  def in_pairs(x):
+    both = jnp.sum(lax.complex(*split(x)), axis)
+    # Part by part: an infinity times a complex number is NaN in both.
+    return tuple(part(both) / x.shape[axis] for part in (lax.real, lax.imag))
+
+  return _reductions.by_size(x, one=in_pairs, two=apart, tpu=apart)
+
+
+def _of_usual_or_huge(
+  usual: jax.Array, others: jax.Array, has_usual: jax.Array
+) -> jax.Array:
+  """The means that count: of the others where nothing else is in the matrix."""
+  is_finite = others < jnp.inf
+  huge = jnp.where(is_finite, others * (1 / _DOWN), 0.0)
+  # The mean beside an infinity is lost, and taken to be the largest one.
+  largest = jnp.max(huge, -1, keepdims=True, initial=0.0)
+  # If no other mean is above zero, any number will do: `decode` divides by it.
+  largest = jnp.where(largest > 0, largest, 1.0)
+  return jnp.where(has_usual, usual, jnp.where(is_finite, huge, largest))
+
+
+def _kind(others: jax.Array, has_usual: jax.Array) -> jax.Array:
+  """The worst kind of the values that a mean leaves out, uint32; 0 for none.
+
+  Args:
+    others: the mean of these values, made smaller.
+    has_usual: whether the matrix has usual values that are not zero. If not,
+      values above 2^96 are usual there.
+  """
+  huge = (has_usual & (others > 0)).astype(jnp.uint32)
+  kind = jnp.where(others < jnp.inf, huge, _INFINITE)
+  return jnp.where(jnp.isnan(others), _NAN, kind)
+
+
+def _marked(mean: jax.Array, kind: jax.Array, filled: jax.Array) -> jax.Array:
+  """A mean with its kind in the sign and the last two bits.
+
+  Args:
+    mean: the values that were left out counted as zeros.
+    kind: of these values.
+    filled: what ``mean`` is multiplied by where there are any.
+
+  Returns:
+    The means, unchanged where the kind is 0.
+  """
+  word = _rounding.to_bits(jnp.maximum(mean * filled, _ends.TINY))
+  marked = _rounding.from_bits((word & _WITHOUT_KIND) | _SIGN | kind)
+  return jnp.where(kind > 0, marked, mean)
+
+
+def _filling(own: jax.Array, across: jax.Array) -> jax.Array:
+  """How much larger marked rows are with the values that they have lost.
+
+  Where a marked row crosses a marked column, ``decode`` does not know the
+  values. If these counted as zeros, the marked rows would become smaller with
+  each store. Of the sum of all known values, let P lie in marked columns, Q in
+  marked rows, and N = 1 - P - Q in neither. In a matrix of rank 1 the lost
+  values have P Q / N, so that the marked rows are (N + P) / N times as large.
+
+  Args:
+    own: the share of the marked rows, Q; or of columns.
+    across: the share of the marked columns, P; or of rows.
+
+  Returns:
+    The factor; 1 where nearly all is marked and nothing can be said.
+  """
+  neither = 1 - own - across
+  known = neither > 2.0**-12
+  return jnp.where(known, 1 + across / jnp.where(known, neither, 1.0), 1.0)
+
+
+def _share(mean: jax.Array, kind: jax.Array) -> jax.Array:
+  """The share of all values that the marked means have."""
+  total = jnp.sum(mean, -1, keepdims=True)
+  marked = jnp.sum(jnp.where(kind > 0, mean, 0.0), -1, keepdims=True)
+  return marked / jnp.where(total > 0, total, 1.0)
+
+
+def _unmarked(mean: chex.Array) -> tuple[jax.Array, jax.Array]:
+  """A mean, and the word of what was left out of it; 0 if nothing was.
+
+  The words are int32, whose order is that of the kinds.
+  """
+  mean = jnp.asarray(mean)
+  word = lax.bitcast_convert_type(mean, jnp.uint32)
+  size = _rounding.from_bits(word & _WITHOUT_KIND & ~_SIGN)
+  size = jnp.where(size > _ends.TINY, size, 0.0)
+  marked = mean < 0
+  kind = jnp.where(marked, (word & ~_WITHOUT_KIND).astype(jnp.int32), 0)
+  lost = jnp.select([kind == 0, kind == 1, kind == 2], _WORDS[:3], _WORDS[3])
+  return jnp.where(marked, size, mean), lost

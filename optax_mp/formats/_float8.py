@@ -42,6 +42,9 @@ class Float8:
     expand: whether to expand.
     rounding: 'nearest' or 'stochastic' (needs a key).
     keep_nonzero: whether what is not zero never becomes zero.
+    signed: False for second moments and other arrays that are not negative: a
+      negative value comes back as NaN, and the limit of what counts as an
+      overflow beside smaller values is 2^96 instead of 2^48.
 
   Raises:
     ValueError: for other arguments; in ``encode``, where a key is missing.
@@ -60,8 +63,10 @@ class Float8:
   **Caveats:** M is rounded up to a bfloat16, and k is at least 1/2 and at most
   255/16: what is more than F^4 / 4 times smaller than its block's largest value
   becomes the smallest code instead of collapsing the expansion of the others.
-  Nothing is ever out of the dtype's range, where a cast would give NaN. A NaN
-  or an infinity makes NaN of its block.
+  Nothing is ever out of the dtype's range, where a cast would give NaN. An
+  infinity, a NaN or a huge value comes back as in :class:`BlockInt`. With
+  ``expand``, the others of a block with an infinity or a NaN, and unsigned also
+  with a huge value, are stored with k = 1/2.
 
   References:
     Xi et al., `COAT: Compressing Optimizer states and Activation for
@@ -73,6 +78,7 @@ class Float8:
   expand: bool = True
   rounding: Literal['nearest', 'stochastic'] = 'nearest'
   keep_nonzero: bool = True
+  signed: bool = True
 
   def __post_init__(self):
     _base.check_choice(self.dtype, 'dtype', ('e4m3', 'e5m2'))
@@ -103,10 +109,11 @@ class Float8:
     wide = self._groups(x.shape).expand(scales)
     code = _grids.round_to(self._grid(), x, wide, noise, self.keep_nonzero)
     number = self._numbers.number(code)
+    if self.signed:
+      number = jnp.where(x < 0, -number, number)
     # Exact: a number of the dtype already. A cast of bits would cost a TPU a
     # copy, as its tiles of floats and of integers differ.
-    codes = jnp.where(x < 0, -number, number).astype(self._dtype)
-    return _block_int.Block(codes, scales)
+    return _block_int.Block(number.astype(self._dtype), scales)
 
   def decode(
     self, stored: _block_int.Block, like: jax.ShapeDtypeStruct
@@ -114,10 +121,13 @@ class Float8:
     """Gives the codes' values, in the dtype of ``like``."""
     wide = self._groups(like.shape).expand(stored.scales)
     number = stored.codes.astype(jnp.float32)
-    fraction = self._numbers.fraction(jnp.abs(number))
+    size = jnp.abs(number)
+    fraction = self._numbers.fraction(size)
     if self.expand:
       fraction = _fp8.contract(fraction, wide)
-    value = self._grid().unscaled(fraction, wide)
+    grid = self._grid()
+    value, sign = grid.unscaled(fraction, wide)
+    value = _grids.special(grid, value, sign, size, self._numbers.normal)
     return jnp.where(number < 0, -value, value).astype(like.dtype)
 
   def note(self, shape: tuple[int, ...]) -> str:
@@ -135,8 +145,8 @@ class Float8:
 
   def _grid(self) -> _grids.Grid:
     if self.expand:
-      return _fp8.Expanded(self._numbers)
-    return _maps.Scaled(self._numbers, signed=True)
+      return _fp8.Expanded(self._numbers, self.signed)
+    return _maps.Scaled(self._numbers, self.signed)
 
   def _groups(self, shape: tuple[int, ...]) -> _blocks.Blocks:
     return _blocks.cut(shape, self.block_size)

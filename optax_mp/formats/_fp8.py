@@ -7,9 +7,11 @@ import math
 import jax
 from jax import lax
 import jax.numpy as jnp
+import numpy as np
 
-from optax_mp.formats import _blocks
+from optax_mp.formats import _ends
 from optax_mp.formats import _grids
+from optax_mp.formats import _reductions
 from optax_mp.formats import _rounding
 
 # Exponents of the expansion are multiples of 1/16, in 8 bits.
@@ -30,7 +32,11 @@ class Numbers:
   @property
   def largest(self) -> float:
     """The largest number: 448 or 57344."""
-    exponent, mantissa = divmod(self.top, 2**self.mantissa)
+    return self.normal(self.top)
+
+  def normal(self, code: int) -> float:
+    """The number of a code that is known, if it is a normal one."""
+    exponent, mantissa = divmod(code, 2**self.mantissa)
     return 2.0 ** (exponent - self.bias) * (1 + mantissa / 2**self.mantissa)
 
   def number(self, code: jax.Array) -> jax.Array:
@@ -76,24 +82,46 @@ E5M2 = Numbers(mantissa=2, bias=15, top=0x7B)  # 0x7C is infinity
 
 @dataclasses.dataclass(frozen=True)
 class Expanded:
-  """fp8 numbers to the power 1/k: M (bfloat16), k (8 bits), 8 bits unused."""
+  """fp8 numbers to the power 1/k: M (bfloat16), k (8 bits), 8 bits unused.
+
+  The sign bit of M marks a block (see ``_ends``).
+  """
 
   numbers: Numbers
+  signed: bool
   even: bool = False
 
   @property
   def top(self) -> int:
     return self.numbers.top
 
-  def fit(self, x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+  @property
+  def infinity(self) -> int:
+    return self.top
+
+  @property
+  def reach(self) -> float:
+    return 1.0
+
+  def fit(self, x: jax.Array, over: _reductions.Over) -> jax.Array:
     """M and k of each block, uint32, without the axes."""
-    size = jnp.abs(x)
-    high = _blocks.largest(size, axes)
-    low = _blocks.smallest(jnp.where(size < 2.0**-126, jnp.inf, size), axes)
+    if self.signed:
+      low, high, marked = _ends.range_of(jnp.abs(x), over, True)
+    else:
+      low, high, marked = _ends.range_of(
+        jnp.where(x < 0, jnp.nan, x), over, False
+      )
     k = jnp.where(high > 0, self._exponent(low, high), _SMALLEST)
+    k = jnp.where(marked, _SMALLEST, k)
+    # The scale at which the largest value has the last code for numbers. The
+    # largest value of a stored block has the same one, however this rounds.
+    last = self.numbers.normal(_grids.last(self)) / self.numbers.largest
+    wider = high * ((1 - 2.0**-17) / _power_of(last, _SIXTEENTHS / _SMALLEST))
+    wider = jnp.clip(wider, _ends.LEAST, _ends.LARGEST)
+    high = jnp.where(marked, wider, high)
     # Rounded up, so that x / M is at most 1, but not to infinity.
     rounded = (_rounding.to_bits(high) + 0xFFFF) >> 16
-    rounded = jnp.where(high < jnp.inf, jnp.minimum(rounded, 0x7F7F), 0x7FC0)
+    rounded = jnp.minimum(rounded, 0x7F7F) | (marked.astype(jnp.uint32) << 15)
     return (rounded << 16) | (k.astype(jnp.uint32) << 8)
 
   def _exponent(self, low: jax.Array, high: jax.Array) -> jax.Array:
@@ -103,9 +131,10 @@ class Expanded:
     k = jnp.floor(_SIXTEENTHS * reach / jnp.maximum(octaves, 2.0**-10))
     return jnp.clip(k, _SMALLEST, _LARGEST)
 
-  def scaled(self, x: jax.Array, scale: jax.Array) -> jax.Array:
+  def scaled(self, x: jax.Array, scale: jax.Array) -> _grids.Relative:
     high, _ = _unpack(scale, lax.bitcast_convert_type(x, jnp.int32))
-    return jnp.where(x == 0, 0.0, jnp.abs(x) / high)
+    x = jnp.where(x == 0, 0.0, jnp.abs(x) / high)
+    return jnp.minimum(jnp.abs(x), 2.0), x < 0
 
   def below(self, x: jax.Array, scale: jax.Array) -> jax.Array:
     _, k = _unpack(scale, lax.bitcast_convert_type(x, jnp.int32))
@@ -114,7 +143,7 @@ class Expanded:
   def value(self, code: jax.Array, scale: jax.Array) -> jax.Array:
     return contract(self.numbers.value(code), scale)
 
-  def unscaled(self, value: jax.Array, scale: jax.Array) -> jax.Array:
+  def unscaled(self, value: jax.Array, scale: jax.Array) -> _grids.Relative:
     high, _ = _unpack(scale, lax.bitcast_convert_type(value, jnp.int32))
     return _grids.times(value, high)
 
@@ -135,6 +164,12 @@ def _power(x: jax.Array, k: jax.Array) -> jax.Array:
   words = (words.astype(jnp.float32) * k).astype(jnp.int32) + _ONE
   power = lax.bitcast_convert_type(jnp.maximum(words, 0), jnp.float32)
   return jnp.where(x == 0, 0.0, power)
+
+
+def _power_of(x: float, k: float) -> float:
+  """:func:`_power` of a number that is known."""
+  word = int((int(np.float32(x).view(np.int32)) - _ONE) * k) + _ONE
+  return float(np.int32(word).view(np.float32))
 
 
 def _unpack(scale: jax.Array, other: jax.Array) -> tuple[jax.Array, jax.Array]:

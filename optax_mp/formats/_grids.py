@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rounding to a grid: the one place where a value becomes a code."""
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol, TypeAlias
 
 import chex
 import jax
 import jax.numpy as jnp
 
+from optax_mp.formats import _ends
+from optax_mp.formats import _reductions
 from optax_mp.formats import _rounding
 
-_TINY = 2.0**-126  # the smallest normal number
+Relative: TypeAlias = tuple[jax.Array, jax.Array]
 
 
 class Grid(Protocol):
@@ -25,12 +28,34 @@ class Grid(Protocol):
     """Whether noise is to be even over steps."""
     ...
 
-  def fit(self, x: jax.Array, axes: tuple[int, ...], /) -> jax.Array:
-    """What each block needs to know, without the axes."""
+  @property
+  def signed(self) -> bool:
+    """Whether a code has a sign."""
     ...
 
-  def scaled(self, x: jax.Array, scale: jax.Array, /) -> jax.Array:
-    """The magnitude of x in the block's units."""
+  @property
+  def infinity(self) -> int:
+    """The largest code that is there for each sign."""
+    ...
+
+  @property
+  def reach(self) -> float:
+    """The relative value of ``top``."""
+    ...
+
+  def fit(self, x: jax.Array, over: _reductions.Over, /) -> jax.Array:
+    """The scale of each block, without the axes of its values.
+
+    In a marked block it is such that no value needs a code above :func:`last`.
+    """
+    ...
+
+  def scaled(self, x: jax.Array, scale: jax.Array, /) -> Relative:
+    """The magnitude of x in the block's units, and whether the block is marked.
+
+    A huge value is above ``reach``, unless the largest of the others is nearly
+    as large: then it has the last code for numbers.
+    """
     ...
 
   def below(self, x: jax.Array, scale: jax.Array, /) -> jax.Array:
@@ -41,8 +66,12 @@ class Grid(Protocol):
     """The relative value of a code, from 0 to ``top + 1``."""
     ...
 
-  def unscaled(self, value: jax.Array, scale: jax.Array, /) -> jax.Array:
-    """The inverse of ``scaled``."""
+  def unscaled(self, value: jax.Array, scale: jax.Array, /) -> Relative:
+    """The inverse of ``scaled``: the magnitude, and the sign of the mark.
+
+    The second array is negative in a marked block, where the value is not zero;
+    the codes for values that are no numbers are never that of zero.
+    """
     ...
 
 
@@ -68,8 +97,9 @@ def round_to(
   Returns:
     int32 codes from 0 to ``grid.top``.
   """
-  nonzero = ~_rounding.is_zero(x)  # it may be, in units of the scale
-  x = grid.scaled(x, scale)
+  size = x
+  nonzero = ~_rounding.is_zero(size)  # it may be, in units of the scale
+  x, marked = grid.scaled(size, scale)
   threshold = 0.5
   if key is not None:
     noise = _rounding.random_bits(key, x.shape, even=grid.even)
@@ -82,16 +112,93 @@ def round_to(
   code = jnp.minimum(code + up.astype(jnp.int32), grid.top)
   if keep_nonzero:
     code = jnp.maximum(code, nonzero.astype(jnp.int32))
-  return code
+  return _with_special(grid, code, size, x, marked)
+
+
+def last(grid: Grid) -> int:
+  """The last code that stands for a number in a marked block."""
+  return grid.infinity - (2 if grid.signed else 3)
+
+
+def _with_special(
+  grid: Grid,
+  code: jax.Array,
+  x: jax.Array,
+  relative: jax.Array,
+  marked: jax.Array,
+) -> jax.Array:
+  """The codes, with those of a marked block's values that are no numbers.
+
+  Counted down from ``grid.infinity``, the codes stand for infinity, NaN and, in
+  arrays without signs, a huge value.
+
+  Args:
+    grid: the grid.
+    code: the nearest codes.
+    x: the values.
+    relative: their magnitudes in units of the scale.
+    marked: whether their blocks are marked.
+
+  Returns:
+    int32 codes.
+  """
+  end = last(grid)
+  below = jnp.minimum(code, end)
+  is_nan = x != x
+  if not grid.signed:
+    below = jnp.where(relative > grid.reach, end + 1, below)
+    is_nan |= x < 0
+  code = jnp.where(marked, below, code)
+  code = jnp.where(jnp.abs(x) == jnp.inf, grid.infinity, code)
+  return jnp.where(is_nan, grid.infinity - 1, code)
 
 
 def value_of(grid: Grid, code: jax.Array, scale: jax.Array) -> jax.Array:
   """The magnitude of a code."""
-  return grid.unscaled(grid.value(code, scale), scale)
+  value, sign = grid.unscaled(grid.value(code, scale), scale)
+  return special(grid, value, sign, code, lambda code: code)
 
 
-def times(value: jax.Array, scale: jax.Array) -> jax.Array:
-  """What is not zero in units of a scale does not underflow to it."""
+def special(
+  grid: Grid,
+  value: jax.Array,
+  sign: jax.Array,
+  code: jax.Array,
+  of_code: Callable[[int], Any],
+) -> jax.Array:
+  """The inverse of :func:`_with_special`.
+
+  Args:
+    grid: the grid.
+    value: the magnitudes that the codes have in blocks without a mark.
+    sign: negative in marked blocks. The scales themselves are not compared:
+      XLA:GPU would count one more use of them and keep the moments of small
+      leaves in float32.
+    code: the codes, or other numbers in the same order.
+    of_code: the number in ``code`` that stands for a given code.
+
+  Returns:
+    The magnitudes, infinity, NaN or 2^120.
+  """
+  other = jnp.where(code == of_code(grid.infinity), jnp.inf, jnp.nan)
+  if not grid.signed:
+    is_huge = code == of_code(grid.infinity - 2)
+    other = jnp.where(is_huge, _ends.OUTLIER, other)
+  is_other = (code > of_code(last(grid))) & (sign < 0)
+  return jnp.where(is_other, other, value)
+
+
+def times(value: jax.Array, scale: jax.Array) -> Relative:
+  """``value * scale``, but a value that is not zero does not underflow to zero.
+
+  Args:
+    value: in units of the scale.
+    scale: of the block, negative if the block is marked.
+
+  Returns:
+    The magnitude, and a number that is negative in a marked block.
+  """
   product = value * scale
-  least = jnp.minimum(scale, _TINY)  # the scale is 0 where all are
-  return jnp.where(value > 0, jnp.maximum(product, least), product)
+  least = jnp.minimum(jnp.abs(scale), _ends.TINY)  # it is 0 where all are
+  size = jnp.abs(product)
+  return jnp.where(value > 0, jnp.maximum(size, least), size), product

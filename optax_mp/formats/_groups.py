@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Groups of values that share a scale: blocks, or rows and columns at once."""
 
+import functools
 from typing import Any, NamedTuple
 
 import chex
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 
 from optax_mp.formats import _base
 from optax_mp.formats import _grids
+from optax_mp.formats import _reductions
 
 
 class Rank1(NamedTuple):
@@ -21,9 +23,9 @@ class Rank1(NamedTuple):
 
   def expand(self, scales: tuple[jax.Array, ...]) -> jax.Array:
     """The scale of each value."""
-    wide = jnp.full(self.shape, jnp.inf, jnp.float32)
+    wide = jnp.full(self.shape, -jnp.inf, jnp.float32)
     for axis, scale in enumerate(scales):
-      wide = jnp.minimum(wide, jnp.expand_dims(scale, self.others(axis)))
+      wide = _smaller(wide, jnp.expand_dims(scale, self.others(axis)))
     return wide
 
   def others(self, axis: int) -> tuple[int, ...]:
@@ -31,14 +33,23 @@ class Rank1(NamedTuple):
     return tuple(i for i in range(len(self.shape)) if i != axis)
 
 
+def _smaller(a: jax.Array, b: jax.Array) -> jax.Array:
+  """The scale of the smaller magnitude, with its mark.
+
+  A value that is no number has marked scales along all axes. A huge value has a
+  code of its own wherever smaller ones share a scale with it.
+  """
+  return jnp.where(jnp.abs(a) < jnp.abs(b), a, b)
+
+
 def fit(grid: _grids.Grid, groups: Any, x: chex.Array) -> Any:
   """What a grid needs to know of each group of values, as it is stored."""
   x = jnp.asarray(x, jnp.float32)
   if isinstance(groups, Rank1):
     axes = range(x.ndim)
-    return tuple(grid.fit(x, groups.others(axis)) for axis in axes)
-  fitted = grid.fit(groups.split(x), groups.axes)
-  return jax.tree.map(lambda reduced: groups.kept(reduced, x), fitted)
+    return tuple(grid.fit(x, _reductions.Over(groups.others(a))) for a in axes)
+  kept = functools.partial(groups.kept, x=x)
+  return grid.fit(x, _reductions.Over(groups.axes, groups.split, kept))
 
 
 def expand(groups: Any, scales: Any) -> Any:

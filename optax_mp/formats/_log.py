@@ -23,40 +23,54 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from optax_mp.formats import _grids
 from optax_mp.formats import _logarithms
+from optax_mp.formats import _reductions
 
-# A grid is a word a block: the logarithm of the largest value in 2^-10 octaves,
-# 18 bits; and by how many of them the smallest is below, all ones where not all
-# are finite. An average with a decay of 0.999 falls by one and a half a step.
+# A block's grid is one word: 18 bits for the logarithm of the largest value, in
+# units of 2^-10 octaves; and 14 bits for the number of units from there down to
+# the smallest value. These 14 are all ones in a marked block. An average with a
+# decay of 0.999 falls by one and a half units per step.
 _SPAN_BITS = 14
 _OCTAVES = 15  # of the codes of a block at most
 _DROPPED = 23 - 10
 _EXACT = 64  # what is so little off has been on the grid, and stays there
-_NOT_FINITE = 2**_SPAN_BITS - 1
+_MARK = 2**_SPAN_BITS - 1  # 16 octaves; no other span is as large
 
 
 @dataclasses.dataclass(frozen=True)
 class Log(_logarithms.Logarithms):
   """Positions on the grid are in steps from code 1."""
 
-  def fit(self, x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+  def fit(self, x: jax.Array, over: _reductions.Over) -> jax.Array:
     """The grid of each block, uint32, without the axes."""
-    low, high, finite = _logarithms.ends(x, axes, _OCTAVES)
+    low, high, marked = _logarithms.ends(x, over, _OCTAVES)
     low, high = map(_logarithms.logarithm, (low, high))
+    span = jnp.maximum(_round_up(high) - _round_down(low), 0)
+    span = jnp.where(marked, _MARK, span)
+    # In a marked block the last codes are not for numbers.
+    codes = (self.top - _grids.last(self)) / (self.top - 1)
+    above = round(codes * _MARK * 2**_DROPPED)
+    # Code 1 is at or above the smallest number there: a negative logarithm
+    # would hide the mark, which `unpack` gives as a sign.
+    least = (_MARK << _DROPPED) + _logarithms.NORMAL
+    most = _logarithms.EXPONENTS - 2**_DROPPED - above  # or it would wrap
+    wider = jnp.maximum(jnp.minimum(high, most) + above, least)
+    high = jnp.where(marked, wider, high)
     high = _round_up(high)
-    span = jnp.maximum(high - _round_down(low), 0)
-    span = jnp.where(finite, span, _NOT_FINITE)
     return ((high << _SPAN_BITS) | span).astype(jnp.uint32)
 
   def unpack(
     self, grid: jax.Array, zero: jax.Array
-  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+  ) -> tuple[jax.Array, jax.Array]:
     grid = grid + zero.astype(jnp.uint32)
-    span = (grid & _NOT_FINITE).astype(jnp.int32)
+    span = (grid & _MARK).astype(jnp.int32)
     first = ((grid >> _SPAN_BITS).astype(jnp.int32) - span) << _DROPPED
+    # One more than all ones has the bit that becomes the sign.
+    marked = ((span + 1) << (31 - _SPAN_BITS)) & _logarithms.SIGN
     step = jnp.maximum(span, 1).astype(jnp.float32)
     step *= 2**_DROPPED / (self.top - 1)
-    return first, step, span < _NOT_FINITE
+    return first | marked, step
 
 
 def _round_up(log: jax.Array) -> jax.Array:

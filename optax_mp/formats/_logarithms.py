@@ -15,13 +15,16 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from optax_mp.formats import _blocks
+from optax_mp.formats import _ends
+from optax_mp.formats import _grids
+from optax_mp.formats import _reductions
 from optax_mp.formats import _rounding
 
 OCTAVE = 2**23
 EXPONENTS = 0x7F800000  # the words of powers of two have no other bits
+SIGN = -(2**31)
 _ONE = 0x3F800000
-_NORMAL = 0x00800000  # the word of the smallest normal number
+NORMAL = 0x00800000  # the word of the smallest normal number
 _LARGEST = 0x7F7FFFFF
 
 
@@ -34,31 +37,42 @@ class Logarithms:
 
   top: int
   even: bool = True  # a second moment hardly answers to its rounding
+  signed: bool = False
+
+  @property
+  def infinity(self) -> int:
+    return self.top
+
+  @property
+  def reach(self) -> float:
+    return self.top - 1
 
   def unpack(
     self, grid: jax.Array, zero: jax.Array
-  ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The logarithm at position 0, the length of a step, whether finite.
+  ) -> tuple[jax.Array, jax.Array]:
+    """The logarithm at position 0 and the length of a step.
+
+    The logarithm has the sign bit set in a marked block.
 
     Args:
       grid: for each value, uint32.
-      zero: a zero for each value, of which XLA does not know that it is one. It
-        would unpack before it broadcasts, and on a TPU each array of a number a
-        block is padded to half a byte a value.
+      zero: a zero for each value that is a number, of which XLA does not know
+        that it is one. It would unpack before it broadcasts, and on a TPU each
+        array of a number a block is padded to half a byte a value.
 
     Returns:
-      int32, float32 and bool.
+      int32 and float32.
     """
     raise NotImplementedError
 
-  def scaled(self, x: jax.Array, grid: jax.Array) -> jax.Array:
+  def scaled(self, x: jax.Array, grid: jax.Array) -> _grids.Relative:
     """The position of x, which may lie between two codes."""
     words = words_of(x)
-    first, step, _ = self.unpack(grid, words >> 31)
+    first, step = self.unpack(grid, words >> 31)
+    marked, first = first < 0, first & ~SIGN
     steps = (logarithm(words) - first).astype(jnp.float32) / step
-    return jnp.where(
-      _rounding.is_zero(x), -1.0, jnp.clip(steps, 0.0, self.top - 1)
-    )
+    position = jnp.clip(steps, 0.0, self.top)
+    return jnp.where(_rounding.is_zero(x), -1.0, position), marked
 
   def below(self, position: jax.Array, grid: jax.Array) -> jax.Array:
     """The last code before a position."""
@@ -70,13 +84,14 @@ class Logarithms:
     del grid
     return (code - 1).astype(jnp.float32)
 
-  def unscaled(self, position: jax.Array, grid: jax.Array) -> jax.Array:
-    """The value at a position; NaN in a block that is not finite."""
-    first, step, finite = self.unpack(grid, words_of(position + 1) >> 31)
-    log = first + (position * step).astype(jnp.int32)
-    value = exponential(jnp.minimum(log, _LARGEST))
-    value = jnp.where(position < 0, 0.0, value)
-    return jnp.where(finite, value, jnp.nan)
+  def unscaled(self, position: jax.Array, grid: jax.Array) -> _grids.Relative:
+    """The value at a position."""
+    first, step = self.unpack(grid, words_of(position + 1) >> 31)
+    # Up to the largest number: beyond it the sign of a mark would be lost.
+    beyond = _LARGEST - (first & ~SIGN)
+    steps = jnp.minimum((position * step).astype(jnp.int32), beyond)
+    value = exponential(first + steps)
+    return jnp.where(position < 0, 0.0, jnp.abs(value)), value
 
 
 def words_of(x: jax.Array) -> jax.Array:
@@ -91,9 +106,9 @@ def logarithm(words: jax.Array) -> jax.Array:
 
 
 def exponential(log: jax.Array) -> jax.Array:
-  """The inverse of :func:`logarithm`, a float."""
+  """The inverse of :func:`logarithm`, a float; of the same sign."""
   root = _mantissa(log)
-  octave = lax.bitcast_convert_type(log & EXPONENTS, jnp.float32)
+  octave = lax.bitcast_convert_type(log & (SIGN | EXPONENTS), jnp.float32)
   return octave * ((root * root + 2) * (1 / 3))
 
 
@@ -103,23 +118,16 @@ def _mantissa(words: jax.Array) -> jax.Array:
   return lax.bitcast_convert_type(mantissa, jnp.float32)
 
 
-def ends(
-  x: jax.Array, axes: tuple[int, ...], octaves: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Words of the smallest and the largest, and whether all are finite.
+def ends(x: jax.Array, over: _reductions.Over, octaves: int) -> _ends.Ends:
+  """Each block's ends as words, and whether it is marked.
 
-  Of values that are not zero; where all are, both are that of the smallest
-  number. The smallest is taken to be no more than some octaves below the
-  largest: a value whose gradients have ended falls without end, and would take
-  the codes of the others with it.
-
-  One selection and two reductions: XLA:GPU recomputes little for the second of
-  two kernels, and keeps the rest as temporaries.
+  Both are the word of the smallest normal number in a block of zeros. The lower
+  end is not more than ``octaves`` below the upper one: the second moment of a
+  weight whose gradients have ended falls without end, and would leave few codes
+  to the other values of its block.
   """
-  high = _blocks.largest(x, axes)
-  low = _blocks.smallest(jnp.where(_rounding.is_zero(x), jnp.inf, x), axes)
-  finite = (high < jnp.inf) & (low >= 0)  # False with a NaN
+  low, high, marked = _ends.range_of(jnp.where(x < 0, jnp.nan, x), over, False)
   low, high = (
-    jnp.maximum(words_of(x), _NORMAL) for x in (jnp.minimum(low, high), high)
+    jnp.maximum(words_of(x), NORMAL) for x in (jnp.minimum(low, high), high)
   )
-  return jnp.maximum(low, high - octaves * OCTAVE), high, finite
+  return _ends.Ends(jnp.maximum(low, high - octaves * OCTAVE), high, marked)

@@ -14,8 +14,10 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_mp.formats import _blocks
+from optax_mp.formats import _dynamic
+from optax_mp.formats import _ends
 from optax_mp.formats import _grids
+from optax_mp.formats import _reductions
 
 
 class Map(Protocol):
@@ -94,16 +96,18 @@ class SqrtLog:
     root = jnp.maximum(code, self.first) - self.shift
     root = root.astype(jnp.float32) / (self.top - self.shift)
     missing = jnp.maximum(self.first - code, 0)
-    ratio = lax.bitcast_convert_type((127 - missing) << 23, jnp.float32)
+    # No words of floats: XLA:GPU would take the code for needed once more.
+    ratio = (2**self.first >> missing).astype(jnp.float32) * 2.0**-self.first
     return jnp.where(code > 0, root * root * ratio, 0.0)
 
   def below(self, x: jax.Array) -> jax.Array:
     top = self.top - self.shift
     root = np.float32((self.first - self.shift) / top)
     square = jnp.floor(top * jnp.sqrt(x)).astype(jnp.int32) + self.shift
-    word = lax.bitcast_convert_type(x / (root * root), jnp.int32)
+    x = x / (root * root)
+    word = lax.bitcast_convert_type(x, jnp.int32)
     powers = (word >> 23) - 127  # of two, rounded down
-    return jnp.where(powers < 0, self.first + powers, square)
+    return jnp.where(x < 1, self.first + powers, square)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,19 +136,35 @@ class Scaled:
   def top(self) -> int:
     return self.map.top
 
-  def fit(self, x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """The largest magnitude, float32, without the axes.
+  @property
+  def infinity(self) -> int:
+    one_sided = self.signed and isinstance(self.map, _dynamic.Dynamic)
+    return self.top - one_sided
 
-    NaN in a block with a NaN or an infinity, or a negative value where there
-    are no signs.
+  @property
+  def reach(self) -> float:
+    return 1.0
+
+  def fit(self, x: jax.Array, over: _reductions.Over) -> jax.Array:
+    """The largest magnitude of each block, float32, without the axes.
+
+    The scale of a marked block is negative, and so much larger that the largest
+    value has the last code for numbers.
     """
-    size = x if self.signed else jnp.where(x < 0, jnp.nan, x)
-    scale = _blocks.largest(size, axes)
-    return jnp.where(scale < jnp.inf, scale, jnp.nan)
+    if self.signed:
+      high, marked = _ends.largest(x, over)
+    else:
+      _, high, marked = _ends.range_of(
+        jnp.where(x < 0, jnp.nan, x), over, False
+      )
+    last = self.map.value(jnp.int32(_grids.last(self)))
+    wider = jnp.clip(high / last, _ends.LEAST, _ends.LARGEST)
+    return jnp.where(marked, -wider, high)
 
-  def scaled(self, x: jax.Array, scale: jax.Array) -> jax.Array:
+  def scaled(self, x: jax.Array, scale: jax.Array) -> _grids.Relative:
     """The magnitude in units of the scale; a zero needs none."""
-    return jnp.where(x == 0, 0.0, jnp.abs(x) / scale)
+    x = jnp.where(x == 0, 0.0, jnp.abs(x) / scale)
+    return jnp.minimum(jnp.abs(x), 2.0), x < 0
 
   def below(self, x: jax.Array, scale: jax.Array) -> jax.Array:
     del scale
@@ -154,5 +174,5 @@ class Scaled:
     del scale
     return self.map.value(code)
 
-  def unscaled(self, value: jax.Array, scale: jax.Array) -> jax.Array:
+  def unscaled(self, value: jax.Array, scale: jax.Array) -> _grids.Relative:
     return _grids.times(value, scale)

@@ -21,8 +21,11 @@ import dataclasses
 import jax
 from jax import lax
 import jax.numpy as jnp
+import numpy as np
 
+from optax_mp.formats import _grids
 from optax_mp.formats import _logarithms
+from optax_mp.formats import _reductions
 from optax_mp.formats import _rounding
 
 _MOST = 512  # steps an octave
@@ -31,34 +34,37 @@ _OCTAVES = 40  # of the codes of a block at most, six steps each
 # step, from 2^14 to 2^23, as a float32 without its last 4 bits.
 _STEP_DROPPED = 4
 _STEP_BIAS = (127 + 14) << 23
+_MARK = np.uint32(2**31)
 
 
 @dataclasses.dataclass(frozen=True)
 class Octaves(_logarithms.Logarithms):
   """Positions on the grid are in steps from the octave."""
 
-  def fit(self, x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """The grid of each block, uint32, without the axes."""
-    low, high, finite = _logarithms.ends(x, axes, _OCTAVES)
+  def fit(self, x: jax.Array, over: _reductions.Over) -> jax.Array:
+    """The grid of each block, uint32, without the axes; a sign bit marks it."""
+    low, high, marked = _logarithms.ends(x, over, _OCTAVES)
     octave = low & _logarithms.EXPONENTS
     # Its logarithm is above the largest word by a twelfth of an octave or less.
     span = (high - octave).astype(jnp.float32) + _logarithms.OCTAVE / 12
     # The last code is the largest value, rounded up.
-    n = _whole((self.top - 1) * _logarithms.OCTAVE / span)
+    last = jnp.where(marked, _grids.last(self), self.top).astype(jnp.float32)
+    n = _whole((last - 1) * _logarithms.OCTAVE / span)
     step = _logarithms.words_of(_logarithms.OCTAVE / n) - _STEP_BIAS
     grid = octave | _rounding.round_nearest(step, _STEP_DROPPED)
-    return jnp.where(finite, grid, _logarithms.EXPONENTS).astype(jnp.uint32)
+    grid = lax.bitcast_convert_type(grid, jnp.uint32)
+    return jnp.where(marked, grid | _MARK, grid)
 
   def unpack(
     self, grid: jax.Array, zero: jax.Array
-  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+  ) -> tuple[jax.Array, jax.Array]:
     # No conversion: XLA:GPU would keep what it makes of a number a block.
     grid = grid + zero.astype(jnp.uint32)
     grid = lax.bitcast_convert_type(grid, jnp.int32)
-    octave = grid & _logarithms.EXPONENTS
+    octave = grid & (_logarithms.SIGN | _logarithms.EXPONENTS)
     step = ((grid & (_logarithms.OCTAVE - 1)) << _STEP_DROPPED) + _STEP_BIAS
     step = lax.bitcast_convert_type(step, jnp.float32)
-    return octave, step, octave < _logarithms.EXPONENTS
+    return octave, step
 
 
 def _whole(n: jax.Array) -> jax.Array:

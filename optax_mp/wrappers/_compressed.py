@@ -183,14 +183,15 @@ def keep_compressed(
         )
       return new_updates, _leaves.cast_like(inner_state, like)
 
-    scales = _passes.fit_ahead(advance, state.inner_state, like, chosen)
+    first = _passes.fit_ahead(advance, state.inner_state, like, chosen, updates)
     new_updates, inner_state = advance(state.inner_state)
-    _finite.note(
-      inner_state,
-      lambda: _tree.decode_leaves(state.inner_state, like, chosen, 'state'),
-    )
+    # The first pass is checked, if there is one: XLA:GPU would keep what it
+    # shares with a check of the second one.
+    old, new = first[:2] if first else (state.inner_state, inner_state)
+    _finite.note(new, lambda: _tree.decode_leaves(old, like, chosen, 'state'))
     layer = extra_args.get('layer')
     now = _common.noise_key(seed, state.noise_count, layer)
+    scales = first.scales if first else None
     stored = _tree.encode_leaves(inner_state, chosen, now, scales)
     stored = _containers.in_containers(stored, state.inner_state, like)
     new_updates = _cast_like(new_updates, updates, params)

@@ -100,3 +100,21 @@ def test_eight_bits():
 def test_errors_name_the_argument(wrong, argument):
   with pytest.raises(ValueError, match=f'`{argument}`.*got'):
     formats.Affine(**wrong)
+
+
+@pytest.mark.parametrize('stats_dtype', ['bfloat16', 'float32'])
+def test_blocks_at_the_ends_of_float32_stay_finite(stats_dtype):
+  """Derived: half a code of a range cut at 2^126; a mark takes three codes."""
+  format = formats.Affine(4, stats_dtype=stats_dtype)
+  end = np.float32(2.0**126)
+  signs = np.where(np.arange(64) % 2, 1.0, -1.0).astype(np.float32)
+  for x in (3e38 * signs, -3.4e38 * np.ones(64, np.float32)):
+    for marked in (False, True):
+      x = np.concatenate([x[:63], [np.inf]]) if marked else x
+      x = x.astype(np.float32)[None]
+      seen = np.asarray(format.decode(format.encode(x), x))
+      np.testing.assert_array_equal(np.isinf(seen), np.isinf(x))
+      finite = np.isfinite(x)
+      error = np.abs(seen - np.clip(x, -end, end))[finite]
+      assert error.max() <= 2 * end / 12 / 2 * 1.1
+      x = x[0]

@@ -229,10 +229,10 @@ def test_scales_at_the_ends_of_float32(map, size):
 def test_no_nan_is_passed_over(format, shape):
   """Exact: the maximum over an axis may, on a CPU, in arrays of some size."""
   x = np.ones(shape, np.float32)
-  for odd in (np.nan, -np.nan):
+  for bad in (np.nan, -np.nan):
     for at in (0, x.size // 2 + 1, x.size - 1):
       beside = x.copy()
-      beside.flat[at] = odd
+      beside.flat[at] = bad
       assert np.isnan(round_trip(format, beside).flat[at])
 
 

@@ -108,14 +108,33 @@ def test_empty_rows_stay_empty():
   chex.assert_trees_all_equal(round_trip(x) > 0, x > 0)
 
 
-@pytest.mark.parametrize('odd', [np.nan, np.inf, -1.0], ids=str)
-def test_what_is_no_second_moment_makes_nan_of_its_matrix(odd):
-  """Exact: no wrong numbers beside it, and none in the next matrix."""
+@pytest.mark.parametrize('bad', [np.nan, np.inf, -1.0], ids=str)
+def test_a_value_that_is_no_second_moment_is_left_out_of_the_means(bad):
+  """Exact for itself and the next matrix; derived for its own: three means."""
   x = np.full((2, 8, 4), 0.25, np.float32)
-  x[0, 3, 2] = odd
-  seen = round_trip(x)
-  assert np.all(np.isnan(seen[0]))
+  x[0, 3, 2] = bad
+  seen = np.array(round_trip(x))
+  np.testing.assert_array_equal(seen[0, 3, 2], np.nan if bad < 0 else bad)
+  seen[0, 3, 2] = 0.25
+  np.testing.assert_allclose(seen[0], 0.25, rtol=2**-20)
   assert np.all(seen[1] == 0.25)
+
+
+@pytest.mark.parametrize('value', [8e35, np.finfo(np.float32).max])
+def test_a_matrix_of_huge_values_stays_finite(value):
+  """Derived: two means, though the sum of all means overflows."""
+  seen = np.asarray(round_trip(np.full((512, 512), value, np.float32)))
+  np.testing.assert_allclose(seen, value, rtol=2**-20)
+
+
+@pytest.mark.parametrize('bad', [np.nan, np.inf], ids=str)
+def test_huge_values_beside_what_is_no_number_in_the_only_row(bad):
+  """Derived: two means of the row, which no other row tells anything about."""
+  x = np.zeros((4, 128), np.float32)
+  x[0] = 1e30
+  x[0, 0] = bad
+  seen = np.asarray(round_trip(x))
+  np.testing.assert_allclose(seen, x, rtol=2**-20)
 
 
 @pytest.mark.parametrize('shape', [(), (5,)], ids=str)
