@@ -19,8 +19,12 @@ import jax.numpy as jnp
 from optax_mp._core import _traces
 
 
-class Noted(abc.ABC):  # noqa: B024, nothing to implement: it is a mark
-  """Marks the types of states that always make a note: one per state."""
+class Noted(abc.ABC):  # noqa: B024, a mark: NamedTuples have no base class
+  """Marks the types of states that always make a note: one per state.
+
+  Their method ``values`` returns the state as it was before it was stored. It
+  is for steps whose notes do not arrive.
+  """
 
 
 class Notes:
@@ -66,7 +70,7 @@ def note(new: Any, old: Callable[[], Any]) -> None:
   """
   here = _traces.current() if _collecting.get() else None
   # A flag must not leave its trace. If the state is made inside a branch or a
-  # `vmap`, the guard around it checks the stored arrays instead.
+  # `vmap`, the guard around it checks the state as it is decoded instead.
   for notes in _collecting.get():
     if notes.trace == here:
       notes.flags.append(stays(new, old()))
@@ -100,9 +104,9 @@ def step_is_finite(
   before = jax.tree.structure(new, is_leaf=_is_noted).flatten_up_to(state)
   seen = len(notes.flags) >= sum(map(_is_noted, nodes))
   for x, y in zip(nodes, before, strict=True):
-    if seen and _is_noted(x):
+    if _is_noted(x):
       # Arrays of 16 bits may overflow after the note in float32; scales do not.
-      x, y = _halves(x), _halves(y)
+      x, y = (_halves(z) if seen else z.values() for z in (x, y))
     flags.append(stays(x, y))
   return every(flags)
 

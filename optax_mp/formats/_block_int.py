@@ -29,6 +29,11 @@ class Block(NamedTuple):
   # numbers; with scale='rank1' a float32 vector an axis.
   scales: Any
 
+  @property
+  def value_shape(self) -> tuple[int, ...]:
+    """The shape of the array that is stored."""
+    return self.codes.shape
+
 
 @dataclasses.dataclass(frozen=True)
 class BlockInt:
@@ -99,8 +104,8 @@ class BlockInt:
 
   **Caveats:** rounded to nearest, an average that moves by less than half a
   step of its code stands still: second moments with b2 = 0.999 want
-  'stochastic'. Values below 2^-126 become zeros. In a block whose largest is
-  above 2^126 all may, except with 'log': the inverse of its scale underflows.
+  'stochastic'. Values below 2^-126 become zeros and, except with 'log', values
+  above 2^126 become 2^126.
 
   **Overflow:** an infinity or a NaN comes back as it is; a block with one has
   a few codes fewer ('log': 6 an octave in 8 bits). A value above 2^48 beside
@@ -153,6 +158,14 @@ class BlockInt:
     """Whether errors are in proportion to values."""
     return self.map == 'log'
 
+  @property
+  def without_signs(self) -> 'BlockInt':
+    """The same for values that are not negative: with twice the codes."""
+    unsigned = dict(signed=False)
+    if self.map == 'sqrt_log':
+      unsigned |= dict(map='log', stochastic_below=None)
+    return dataclasses.replace(self, **unsigned)
+
   def fit(self, x: chex.Array) -> Any:
     """The scales that ``encode`` would store."""
     return _groups.fit(self._grid(), self._groups(x.shape), x)
@@ -168,7 +181,7 @@ class BlockInt:
     scales = self.fit(x) if scales is None else scales
     wide = _groups.expand(self._groups(x.shape), scales)
     grid = self._grid()
-    has_zero = not isinstance(_map_of(grid), _maps.LinearNoZero)
+    has_zero = not isinstance(getattr(grid, 'map', None), _maps.LinearNoZero)
     keep = self.keep_nonzero and not self.signed and has_zero
     below = self.stochastic_below
     code = _grids.round_to(grid, x, wide, noise, keep, below)
@@ -244,7 +257,3 @@ class BlockInt:
     unsigned = self.bits == 8 and (not self.signed or zero)
     kind = f'{"u" if unsigned else ""}int{self.bits}'
     return (code + self._lowest()).astype(kind)
-
-
-def _map_of(grid: Any) -> Any:
-  return getattr(grid, 'map', None)

@@ -106,15 +106,18 @@ def range_of(size: jax.Array, over: _reductions.Over, signed: bool) -> Ends:
   """The smallest and the largest usual value of each block, zeros left out.
 
   Args:
-    size: float32, not negative, or NaN.
+    size: float32; with ``signed`` the magnitudes. A negative value counts as a
+      NaN.
     over: which values share a scale.
-    signed: whether these are the magnitudes of an array with signs. If so, huge
-      values begin at 2^48 and mark no block, as for :func:`largest`. If not,
+    signed: whether the array has signs. If so, huge values begin at 2^48 and mark no block, as for :func:`largest`. If not,
       they begin at 2^96 and mark their block: they have a code of their own.
 
   Returns:
     The ends.
   """
+
+  if not signed:
+    size = jnp.where(size <= -TINY, jnp.nan, size)
 
   def in_pairs(size):
     # The pairs are viewed as blocks, not made of two views: XLA:GPU would count

@@ -12,6 +12,7 @@ from optax_mp.formats import _base
 from optax_mp.formats import _ends
 from optax_mp.formats import _fitted
 from optax_mp.formats import _paths
+from optax_mp.formats import _squares
 
 # Relative to the rounded value no rounding error is larger: neighbouring codes
 # are a factor of four apart at most, the first two of fp8 to the power two.
@@ -24,6 +25,11 @@ class Feedback(NamedTuple):
 
   value: Any  # as `ErrorFeedback.format` stores x
   residual: Any  # as `ErrorFeedback.residual` stores x - decode(value)
+
+  @property
+  def value_shape(self) -> tuple[int, ...] | None:
+    """The shape of the array that is stored, if its format tells."""
+    return getattr(self.value, 'value_shape', None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,14 +100,14 @@ class ErrorFeedback:
     x = jnp.asarray(x, jnp.float32)
     value = _fitted.encode(self.format, x, key, scales)
     seen = self.format.decode(value, jax.ShapeDtypeStruct(x.shape, x.dtype))
-    # inf - inf would turn an infinity into a NaN.
-    error = jnp.where(jnp.isfinite(seen), x - seen, 0.0)
+    # An infinity minus itself is NaN. A huge value comes back as one number,
+    # whatever it was: the difference is no rounding error, and would set the
+    # scale of all residuals beside it.
+    near = jnp.isfinite(seen) & (jnp.abs(seen) != _ends.OUTLIER)
+    error = jnp.where(near, x - seen, 0.0)
     if self.relative:
       error = jnp.where(seen == 0, 0.0, error / seen)
-      # An outlier comes back as one number, whatever it was: the difference is
-      # no rounding error, and would set the scale of all residuals beside it.
-      rounded = (jnp.abs(seen) != _ends.OUTLIER) & (jnp.abs(error) <= _MOST)
-      error = jnp.where(rounded, error, 0.0)
+      error = jnp.where(jnp.abs(error) <= _MOST, error, 0.0)
     return Feedback(value, self.residual.encode(error, own_key))
 
   def decode(self, stored: Feedback, like: jax.ShapeDtypeStruct) -> chex.Array:
@@ -125,6 +131,11 @@ class ErrorFeedback:
   def signed(self) -> bool:
     """Whether values may be negative."""
     return getattr(self.format, 'signed', True)
+
+  @property
+  def without_signs(self) -> 'ErrorFeedback':
+    """The same for values that are not negative; errors keep their signs."""
+    return dataclasses.replace(self, format=_squares.without_signs(self.format))
 
   @property
   def exact_zero(self) -> bool:

@@ -31,6 +31,11 @@ class Factors(NamedTuple):
   row: chex.Array  # (..., R), float32: the mean of each row
   column: chex.Array  # (..., C), float32: the mean of each column
 
+  @property
+  def value_shape(self) -> tuple[int, ...]:
+    """The shape of the array that is stored."""
+    return (*self.row.shape, self.column.shape[-1])
+
 
 @dataclasses.dataclass(frozen=True)
 class Factored:
@@ -88,7 +93,7 @@ class Factored:
         'Give such leaves another format, with a rule (path, leaf) -> format.'
       )
     x = jnp.asarray(x, jnp.float32)
-    x = jnp.where(x < 0, jnp.nan, x)
+    x = jnp.where(x <= -_ends.TINY, jnp.nan, jnp.maximum(x, 0.0))
     pairs = [_means(x, axis) for axis in (-1, -2)]
     has_usual = jnp.any(pairs[0][0] > 0, -1, keepdims=True)
     row, column = (_of_usual_or_huge(*pair, has_usual) for pair in pairs)
@@ -155,7 +160,9 @@ def _of_usual_or_huge(
 ) -> jax.Array:
   """The means that count: of the others where nothing else is in the matrix."""
   is_finite = others < jnp.inf
-  huge = jnp.where(is_finite, others * (1 / _DOWN), 0.0)
+  # The mean of largest numbers may be rounded to more than the largest one.
+  huge = jnp.minimum(others, _ends.LARGEST * _DOWN) * (1 / _DOWN)
+  huge = jnp.where(is_finite, huge, 0.0)
   # The mean beside an infinity is lost, and taken to be the largest one.
   largest = jnp.max(huge, -1, keepdims=True, initial=0.0)
   # If no other mean is above zero, any number will do: `decode` divides by it.

@@ -90,6 +90,11 @@ class Float8:
     """Errors are in proportion to values."""
     return True
 
+  @property
+  def without_signs(self) -> 'Float8':
+    """The same for values that are not negative."""
+    return dataclasses.replace(self, signed=False)
+
   def fit(self, x: chex.Array) -> jax.Array:
     """The scales that ``encode`` would store."""
     return _groups.fit(self._grid(), self._groups(x.shape), x)

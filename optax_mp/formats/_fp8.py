@@ -105,12 +105,8 @@ class Expanded:
 
   def fit(self, x: jax.Array, over: _reductions.Over) -> jax.Array:
     """M and k of each block, uint32, without the axes."""
-    if self.signed:
-      low, high, marked = _ends.range_of(jnp.abs(x), over, True)
-    else:
-      low, high, marked = _ends.range_of(
-        jnp.where(x < 0, jnp.nan, x), over, False
-      )
+    size = jnp.abs(x) if self.signed else x
+    low, high, marked = _ends.range_of(size, over, self.signed)
     k = jnp.where(high > 0, self._exponent(low, high), _SMALLEST)
     k = jnp.where(marked, _SMALLEST, k)
     # The scale at which the largest value has the last code for numbers. The

@@ -147,7 +147,7 @@ def _with_special(
   is_nan = x != x
   if not grid.signed:
     below = jnp.where(relative > grid.reach, end + 1, below)
-    is_nan |= x < 0
+    is_nan |= x <= -_ends.TINY
   code = jnp.where(marked, below, code)
   code = jnp.where(jnp.abs(x) == jnp.inf, grid.infinity, code)
   return jnp.where(is_nan, grid.infinity - 1, code)
@@ -180,12 +180,13 @@ def special(
   Returns:
     The magnitudes, infinity, NaN or 2^120.
   """
-  other = jnp.where(code == of_code(grid.infinity), jnp.inf, jnp.nan)
-  if not grid.signed:
-    is_huge = code == of_code(grid.infinity - 2)
-    other = jnp.where(is_huge, _ends.OUTLIER, other)
-  is_other = (code > of_code(last(grid))) & (sign < 0)
-  return jnp.where(is_other, other, value)
+  marked = sign < 0
+  others = [jnp.inf, jnp.nan, _ends.OUTLIER][: grid.infinity - last(grid)]
+  # One by one: an array of NaNs would stop a program under `jax_debug_nans`.
+  for down, other in enumerate(others):
+    is_other = marked & (code == of_code(grid.infinity - down))
+    value = jnp.where(is_other, other, value)
+  return value
 
 
 def times(value: jax.Array, scale: jax.Array) -> Relative:
@@ -200,5 +201,5 @@ def times(value: jax.Array, scale: jax.Array) -> Relative:
   """
   product = value * scale
   least = jnp.minimum(jnp.abs(scale), _ends.TINY)  # it is 0 where all are
-  size = jnp.abs(product)
+  size = jnp.minimum(jnp.abs(product), _ends.LARGEST)
   return jnp.where(value > 0, jnp.maximum(size, least), size), product

@@ -126,7 +126,7 @@ def ends(x: jax.Array, over: _reductions.Over, octaves: int) -> _ends.Ends:
   weight whose gradients have ended falls without end, and would leave few codes
   to the other values of its block.
   """
-  low, high, marked = _ends.range_of(jnp.where(x < 0, jnp.nan, x), over, False)
+  low, high, marked = _ends.range_of(x, over, signed=False)
   low, high = (
     jnp.maximum(words_of(x), NORMAL) for x in (jnp.minimum(low, high), high)
   )

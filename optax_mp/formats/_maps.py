@@ -19,6 +19,10 @@ from optax_mp.formats import _ends
 from optax_mp.formats import _grids
 from optax_mp.formats import _reductions
 
+# XLA may divide by a scale as it multiplies by the inverse, which must not
+# underflow.
+_MOST = 2.0**126
+
 
 class Map(Protocol):
   """An increasing sequence of values in [0, 1]."""
@@ -154,11 +158,10 @@ class Scaled:
     if self.signed:
       high, marked = _ends.largest(x, over)
     else:
-      _, high, marked = _ends.range_of(
-        jnp.where(x < 0, jnp.nan, x), over, False
-      )
+      _, high, marked = _ends.range_of(x, over, signed=False)
     last = self.map.value(jnp.int32(_grids.last(self)))
-    wider = jnp.clip(high / last, _ends.LEAST, _ends.LARGEST)
+    high = jnp.minimum(high, _MOST)
+    wider = jnp.clip(high / last, _ends.LEAST, _MOST)
     return jnp.where(marked, -wider, high)
 
   def scaled(self, x: jax.Array, scale: jax.Array) -> _grids.Relative:

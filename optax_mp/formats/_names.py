@@ -16,6 +16,7 @@ import re
 from typing import Any, NamedTuple
 
 import chex
+import jax
 import jax.numpy as jnp
 
 from optax_mp.formats import _base
@@ -27,6 +28,8 @@ _SEPARATOR = '__'
 _FIELD = re.compile(rf'[a-z]+{_SEPARATOR}(\w+_v\d+)')
 # Settings that only `encode` reads: they do not change how arrays decode.
 _ENCODE_ONLY = ('rounding', 'stochastic_below', 'keep_nonzero')
+# The formats whose names have been given out. Formats of one name decode alike.
+_NAMED: dict[str, _base.Format] = {}
 # Arrays of these dtypes hold their own values, whichever format stored them.
 _PLAIN = tuple(map(jnp.dtype, (jnp.float32, jnp.bfloat16, jnp.float16)))
 
@@ -66,7 +69,9 @@ def named(format: _base.Format, stored: Any) -> Any:
     if stored.dtype in _PLAIN:
       return stored
     stored = Alone(stored)
-  return _named_type(_plain_type(stored), name_of(format))._make(stored)
+  name = name_of(format)
+  _NAMED.setdefault(name, format)
+  return _named_type(_plain_type(stored), name)._make(stored)
 
 
 def nameless(stored: Any) -> Any:
@@ -85,6 +90,28 @@ def name_in(stored: Any) -> str | None:
   )
   found = (_FIELD.fullmatch(str(key)) for key in keys)
   return next((match[1] for match in found if match), None)
+
+
+def decoded(stored: Any) -> Any:
+  """The values of a stored leaf in float32, to see which of them are finite.
+
+  Args:
+    stored: a stored leaf or an array.
+
+  Returns:
+    The values; ``stored`` itself if its type does not tell their shape, or has
+    one more axis of a ``vmap``.
+  """
+  format = _NAMED.get(name_in(stored) or '')
+  shape = getattr(stored, 'value_shape', None)
+  if format is None or shape is None:
+    return stored
+  like = _base.stored_like(format, shape, jnp.dtype(jnp.float32))
+  if [x.shape for x in jax.tree.leaves(like)] != [
+    x.shape for x in jax.tree.leaves(stored)
+  ]:
+    return stored
+  return format.decode(stored, jax.ShapeDtypeStruct(shape, jnp.float32))
 
 
 def describe(stored: Any) -> str:

@@ -16,6 +16,7 @@ from optax_mp.formats import _base
 from optax_mp.formats import _fitted
 from optax_mp.formats import _names
 from optax_mp.formats import _paths
+from optax_mp.formats import _squares
 
 _ByPath: TypeAlias = Callable[[str, Any], _base.Format | None]
 Rule: TypeAlias = (
@@ -127,7 +128,8 @@ def leaf_choices(
     tree: a state of arrays or ShapeDtypeStructs.
     rule: see :func:`encode_tree`.
     min_size: leaves with fewer values, or without floats, stay as they are.
-    params: paths of the parameters, whose own fields are no state fields.
+    params: paths of the parameters, whose own fields are no state fields. With
+      them, formats with signs lose these for second moments (``_squares``).
     kept: a pattern. If a parameter's path has it, its leaves stay as they are.
 
   Returns:
@@ -151,8 +153,10 @@ def leaf_choices(
         format = _choose(rule, name, leaf, _paths.fields(state))
         if isinstance(format, Either):
           format, others = format.format, format.others
+        if params and _squares.are_squares(state, tree):
+          format, *others = map(_squares.without_signs, (format, *others))
         note = _fitted.note(format, leaf.shape) if format else 'by the rule'
-    choices.append(Choice(name, leaf.shape, format, note, others))
+    choices.append(Choice(name, leaf.shape, format, note, tuple(others)))
   return choices
 
 

@@ -15,6 +15,7 @@ from optax_mp.formats import _boxed
 from optax_mp.formats import _containers
 from optax_mp.formats import _layout
 from optax_mp.formats import _leaves
+from optax_mp.formats import _names
 from optax_mp.formats import _paths
 from optax_mp.formats import _rule
 from optax_mp.formats import _tree
@@ -29,6 +30,12 @@ class CompressedState(NamedTuple):
 
   inner_state: optax.OptState  # leaves are arrays or formats' NamedTuples
   noise_count: chex.Array  # (), uint32: how often noise was drawn
+
+  def values(self) -> optax.OptState:
+    """The inner state; what a format stored is decoded."""
+    return jax.tree.map(
+      _names.decoded, self.inner_state, is_leaf=formats.is_stored
+    )
 
 
 def compressed(

@@ -289,10 +289,13 @@ def test_under_scan_vmap_and_multi_steps():
   assert states.total_notfinite.tolist() == [0, 1]
 
 
-@pytest.mark.parametrize('place', ['inside', 'outside'])
-def test_in_multi_steps(place):
+@pytest.mark.parametrize(
+  ('place', 'bad_value'),
+  [('inside', 3e38), ('outside', 1e20), ('outside', np.nan)],
+)
+def test_in_multi_steps(place, bad_value):
   """Outside it sees what is stored, and a NaN before it is in their sum."""
-  params, bad_value = tree(), 3e38 if place == 'inside' else np.nan
+  params = tree()
   if place == 'inside':
     tx = optax.MultiSteps(guarded('adamw_8bit'), 2)
   else:
@@ -325,14 +328,16 @@ def test_inside_of_another_wrapper_and_beside_hyperparameters():
   assert_same_bits(new, params)
 
 
-def test_behind_a_compilation_of_its_own():
+@pytest.mark.parametrize('value', [1e20, np.inf, np.nan])
+@pytest.mark.parametrize('name', ['adamw_8bit', 'adamw_4bit', 'coat_adamw'])
+def test_behind_a_compilation_of_its_own(name, value):
   """Flags may not leave a trace: what is stored is looked at instead."""
-  inner, params = recipe('adamw_8bit'), tree()
+  inner, params = recipe(name), tree()
   compiled = optax.GradientTransformationExtraArgs(
     inner.init, jax.jit(inner.update)
   )
   tx = optax_mp.skip_nonfinite(compiled)
-  assert_skips(tx, params, params, poisoned(params, np.nan))
+  assert_skips(tx, params, params, poisoned(params, value))
 
 
 def test_keys_and_codes_are_chosen_as_they_are():
