@@ -109,13 +109,13 @@ def range_of(size: jax.Array, over: _reductions.Over, signed: bool) -> Ends:
     size: float32; with ``signed`` the magnitudes. A negative value counts as a
       NaN.
     over: which values share a scale.
-    signed: whether the array has signs. If so, huge values begin at 2^48 and mark no block, as for :func:`largest`. If not,
-      they begin at 2^96 and mark their block: they have a code of their own.
+    signed: whether the array has signs. If so, huge values begin at 2^48 and
+      mark no block, as for :func:`largest`. If not, they begin at 2^96 and mark
+      their block: they have a code of their own.
 
   Returns:
     The ends.
   """
-
   if not signed:
     size = jnp.where(size <= -TINY, jnp.nan, size)
 

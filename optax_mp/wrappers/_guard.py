@@ -71,12 +71,14 @@ def skip_nonfinite(
   arithmetic and one more read of gradients, parameters and state. A callback
   inside ``tx`` runs twice. If ``tx`` calls :func:`compressed` inside a ``jit``
   or a ``cond``, the new state is checked after it was stored and decoded. In a
-  ``vmap`` of ``tx.update`` only its stored arrays are checked. Around
-  ``optax.MultiSteps``, gradients that are not finite do not enter its sum. A
-  finite one whose square overflows stays in the sum and stops all later steps:
-  clip gradients before they are added. One bad gradient skips the step of
-  all parameters. To skip the step of one group alone, wrap its part of an
-  ``optax.partition``. In ``backward.fused_step`` use ``skip_nonfinite=True``.
+  ``vmap`` of ``tx.update`` only its stored arrays are checked. One bad gradient
+  skips the step of all parameters. To skip the step of one group alone, wrap
+  its part of an ``optax.partition``. In ``backward.fused_step`` use
+  ``skip_nonfinite=True``.
+
+  Around ``optax.MultiSteps``, gradients that are not finite do not enter its
+  sum. A finite one whose square overflows may stay in the sum and stop all
+  later steps: clip gradients before they are added.
   """
   tx = _checked(tx, max_consecutive)
 
