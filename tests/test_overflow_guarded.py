@@ -85,8 +85,8 @@ def test_no_parameter_is_lost(name):
 def test_what_fits_is_no_reason_to_skip(name):
   """kind: exact. Float32 Adam takes that step; float16 cannot store it.
 
-  Where first moments share a scale, the weight itself then stands still: its own
-  is stored as the largest of the others.
+  Where first moments share a scale, the weight itself then stands still: its
+  own is stored as the largest of the others.
   """
   assert lost(plain(), POSITIONS[1], FITS) == (0, 0)
   row = tables.FORMATS[name]

@@ -63,8 +63,8 @@ class BlockInt:
   'linear'    n / N; 4 bits unsigned: (n + 1) / 16     4-bit optimizers' nu
   =========== ======================================== ====================
 
-  Unsigned 'sqrt' is what FlashOptim keeps second moments in, signed 'dynamic'
-  with 4 bits what 4-bit optimizers keep first ones in.
+  FlashOptim keeps second moments in unsigned 'sqrt', 4-bit optimizers first
+  moments in 4 bits of signed 'dynamic'.
 
   Args:
     bits: 8 or 4.
@@ -104,8 +104,8 @@ class BlockInt:
 
   **Caveats:** rounded to nearest, an average that moves by less than half a
   step of its code stands still: second moments with b2 = 0.999 want
-  'stochastic'. Values below 2^-126 become zeros and, except with 'log', values
-  above 2^126 become 2^126.
+  'stochastic'. Values below 2^-126 become zeros. In a block whose largest is
+  above 2^126 all may, except with 'log': the inverse of its scale underflows.
 
   **Overflow:** an infinity or a NaN comes back as it is; a block with one has
   a few codes fewer ('log': 6 an octave in 8 bits). A value above 2^48 beside
@@ -160,11 +160,9 @@ class BlockInt:
 
   @property
   def without_signs(self) -> 'BlockInt':
-    """The same for values that are not negative: with twice the codes."""
-    unsigned = dict(signed=False)
-    if self.map == 'sqrt_log':
-      unsigned |= dict(map='log', stochastic_below=None)
-    return dataclasses.replace(self, **unsigned)
+    """The same for values that are not negative; 'sqrt' for 'sqrt_log'."""
+    map = 'sqrt' if self.map == 'sqrt_log' else self.map
+    return dataclasses.replace(self, signed=False, map=map)
 
   def fit(self, x: chex.Array) -> Any:
     """The scales that ``encode`` would store."""
@@ -174,17 +172,14 @@ class BlockInt:
     self, x: chex.Array, key: chex.PRNGKey | None = None, scales: Any = None
   ) -> Block:
     """Rounds ``x`` to codes; with scales of ``fit``, if there are any yet."""
-    noise = None
-    if self.rounding == 'stochastic':
-      noise = _base.check_key(key, self)
+    noise = None if self.rounding == 'nearest' else _base.check_key(key, self)
     x = jnp.asarray(x, jnp.float32)
     scales = self.fit(x) if scales is None else scales
     wide = _groups.expand(self._groups(x.shape), scales)
     grid = self._grid()
     has_zero = not isinstance(getattr(grid, 'map', None), _maps.LinearNoZero)
     keep = self.keep_nonzero and not self.signed and has_zero
-    below = self.stochastic_below
-    code = _grids.round_to(grid, x, wide, noise, keep, below)
+    code = _grids.round_to(grid, x, wide, noise, keep, self.stochastic_below)
     return Block(self._stored(code, x), scales)
 
   def decode(self, stored: Block, like: jax.ShapeDtypeStruct) -> chex.Array:
@@ -205,9 +200,9 @@ class BlockInt:
   def _check_stochastic_below(self) -> None:
     below = self.stochastic_below
     _base.check_static(below, 'stochastic_below')
+    known = self.map not in ('log', 'dynamic') and self.rounding != 'nearest'
     if below is None:
       return
-    known = self.map not in ('log', 'dynamic') and self.rounding != 'nearest'
     if not _base.is_integer(below) or below < 1 or not known:
       raise ValueError(
         '`stochastic_below` must be a positive integer or None, and is for '
@@ -224,13 +219,7 @@ class BlockInt:
       return _maps.Scaled(tree, self.signed)
     if self.map == 'linear' and not self.signed and self.bits == 4:
       return _maps.Scaled(_maps.LinearNoZero(top), self.signed)
-    by_name = {
-      'sqrt': _maps.Sqrt,
-      'sqrt_log': _maps.SqrtLog,
-      'softsign': _maps.Softsign,
-      'linear': _maps.Linear,
-    }
-    return _maps.Scaled(by_name[str(self.map)](top), self.signed)
+    return _maps.Scaled(_maps.BY_NAME[str(self.map)](top), self.signed)
 
   def _groups(self, shape: tuple[int, ...]) -> Any:
     if self.scale == 'rank1' and len(shape) > 1:

@@ -34,7 +34,7 @@ class Factors(NamedTuple):
   @property
   def value_shape(self) -> tuple[int, ...]:
     """The shape of the array that is stored."""
-    return (*self.row.shape, self.column.shape[-1])
+    return (*self.row.shape, *self.column.shape[-1:])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,10 +19,6 @@ from optax_mp.formats import _ends
 from optax_mp.formats import _grids
 from optax_mp.formats import _reductions
 
-# XLA may divide by a scale as it multiplies by the inverse, which must not
-# underflow.
-_MOST = 2.0**126
-
 
 class Map(Protocol):
   """An increasing sequence of values in [0, 1]."""
@@ -128,6 +124,14 @@ class Softsign:
     return jnp.floor(2 * self.top * x / (1 + x)).astype(jnp.int32)
 
 
+BY_NAME = {
+  'linear': Linear,
+  'softsign': Softsign,
+  'sqrt': Sqrt,
+  'sqrt_log': SqrtLog,
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Scaled:
   """The grid of a map, in units of the largest magnitude of a block."""
@@ -160,8 +164,7 @@ class Scaled:
     else:
       _, high, marked = _ends.range_of(x, over, signed=False)
     last = self.map.value(jnp.int32(_grids.last(self)))
-    high = jnp.minimum(high, _MOST)
-    wider = jnp.clip(high / last, _ends.LEAST, _MOST)
+    wider = jnp.clip(high / last, _ends.LEAST, _ends.LARGEST)
     return jnp.where(marked, -wider, high)
 
   def scaled(self, x: jax.Array, scale: jax.Array) -> _grids.Relative:

@@ -7,7 +7,6 @@ import functools
 import math
 import re
 from typing import Any, NamedTuple, TypeAlias, TypeGuard
-import warnings
 
 import jax
 import jax.numpy as jnp
@@ -128,8 +127,8 @@ def leaf_choices(
     tree: a state of arrays or ShapeDtypeStructs.
     rule: see :func:`encode_tree`.
     min_size: leaves with fewer values, or without floats, stay as they are.
-    params: paths of the parameters, whose own fields are no state fields. With
-      them, formats with signs lose these for second moments (``_squares``).
+    params: paths of the parameters, whose own fields are no state fields. Given
+      them, second moments get formats without signs (see ``_squares``).
     kept: a pattern. If a parameter's path has it, its leaves stay as they are.
 
   Returns:
@@ -178,23 +177,6 @@ def check_fields(
       f'`rule` names the state fields {sorted(map(str, unknown))}; got a state '
       f'with float arrays in {sorted(known)}. Use those names, or a function '
       '(path, leaf) -> format.'
-    )
-
-
-def warn_unless_kept(
-  params: Collection[_paths.Path], kept: re.Pattern[str] | None
-) -> None:
-  """Warns if no path has the pattern; the path of another group may have it."""
-  if kept is None:
-    return
-  variables = _paths.are_variables(params)
-  names = sorted(_paths.path_str(path, variables) for path in params)
-  if not any(map(kept.search, names)):
-    warnings.warn(
-      '`keep_float32` keeps nothing: it is found in no path of a parameter; '
-      f'got {kept.pattern!r} and parameters such as {names[:3]}. Leave it out '
-      'where no state is to stay float32.',
-      stacklevel=4,
     )
 
 

@@ -154,7 +154,7 @@ def keep_compressed(
       chosen = _rule.formats_of(choices(like, params))
       _moments.check_wide(like, chosen)
       _moments.check_zeros(like, params, chosen)
-      _rule.warn_unless_kept(_paths.param_paths(params), kept)
+      _moments.warn_unless_kept(_paths.param_paths(params), kept)
       if not may_do_nothing:
         _rule.check_fields(like, rule, _paths.param_paths(params))
         if all(format is None for format in chosen):

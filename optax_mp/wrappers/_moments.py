@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Formats that a moment must not be kept in, refused in ``init``."""
+"""Checks of a rule for a state, in ``init``."""
 
+from collections.abc import Collection
+import re
 from typing import Any
+import warnings
 
 import jax
 
@@ -47,3 +50,20 @@ def check_zeros(like: Any, params: Any, chosen: list[Any]) -> None:
         'divide a rounding error. Take `formats.BlockInt(4)` or another format '
         'with signs; `Affine` is for errors and gradients.'
       )
+
+
+def warn_unless_kept(
+  params: Collection[_paths.Path], kept: re.Pattern[str] | None
+) -> None:
+  """Warns if no path has the pattern; the path of another group may have it."""
+  if kept is None:
+    return
+  variables = _paths.are_variables(params)
+  names = sorted(_paths.path_str(path, variables) for path in params)
+  if not any(map(kept.search, names)):
+    warnings.warn(
+      '`keep_float32` keeps nothing: it is found in no path of a parameter; '
+      f'got {kept.pattern!r} and parameters such as {names[:3]}. Leave it out '
+      'where no state is to stay float32.',
+      stacklevel=4,
+    )
