@@ -225,3 +225,26 @@ def test_formats_keep_what_is_no_number_to_itself():
     assert int(jnp.sum(~jnp.isfinite(decoded))) == number, name
     assert jnp.isposinf(decoded[3, 130]), name
     assert jnp.isnan(decoded[3, 140]) and jnp.isnan(decoded[5, 7]), name
+
+
+@pytest.mark.parametrize('name', tables.FORMATS)
+def test_nothing_is_nan_on_the_way(name):
+  """`jax_debug_nans` finds no NaN in programs that are not compiled."""
+  row = tables.FORMATS[name]
+  x = jnp.asarray(np.random.default_rng(0).uniform(0.5, 2, (16, 256)), 'f4')
+  with jax.debug_nans(True):
+    row.format.decode(row.format.encode(x, jax.random.key(0)), x)
+
+
+@pytest.mark.parametrize('shape', [(), (1,), (7, 10), (1000, 1000)])
+@pytest.mark.parametrize('name', ['sqrt-log-8-below', 'factored'])
+def test_the_largest_numbers_stay_finite(name, shape):
+  """The mean of ten is rounded up, and so is the product with a scale."""
+  row = tables.FORMATS[name]
+  if len(shape) < row.axes:
+    pytest.skip('has no such arrays')
+  x = jnp.full(shape, np.finfo(np.float32).max)
+  both = jax.jit(
+    lambda x: row.format.decode(row.format.encode(x, jax.random.key(0)), x)
+  )
+  assert jnp.isfinite(both(x)).all()
