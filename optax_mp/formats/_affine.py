@@ -68,9 +68,9 @@ class Affine:
   Infinities and NaNs come back as they are and do not widen the range; their
   block has three codes fewer, and stores ``lo`` above ``hi`` as its mark.
   Values above 2^48 beside smaller ones do not widen the range either, and come
-  back as the largest of them. Blocks of a range below 2^-122, with 8 bits
-  2^-118, are stored as their smallest value; values below 2^-126 are zeros,
-  and values above 2^126 come back as 2^126.
+  back as the end that is nearer to them. Blocks of a range below 2^-122, with
+  8 bits 2^-118, are stored as their smallest value; values below 2^-126 are
+  zeros, and values above 2^126 come back as 2^126.
 
   References:
     Modoranu et al., `MicroAdam: Accurate Adaptive Optimization with Low Space

@@ -107,10 +107,10 @@ class BlockInt:
   'stochastic'. Values below 2^-126 become zeros. In a block whose largest is
   above 2^126 all may, except with 'log': the inverse of its scale underflows.
 
-  **Overflow:** an infinity or a NaN comes back as it is; a block with one has
-  a few codes fewer ('log': 6 an octave in 8 bits). A value above 2^48 beside
-  smaller ones comes back as their largest. Unsigned, one above 2^96 becomes
-  2^120 and does not decay as in float32, and a negative one becomes NaN.
+  **Overflow:** infinities and NaNs come back as they are, and leave a few codes
+  fewer to their block ('log': 6 an octave in 8 bits). A value above 2^48 beside
+  smaller ones comes back as their largest; unsigned, one above 2^96 comes back
+  as 2^120, so that it never decays, and a negative one as NaN.
 
   References:
     Dettmers et al., `8-bit Optimizers via Block-wise Quantization

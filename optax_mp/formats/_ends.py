@@ -5,13 +5,15 @@ An overflow must cost only the value that overflowed. The smallest and the
 largest value of a block, its *ends*, are therefore found among its usual
 values:
 
-* Infinities and NaNs are left out. A block that contains one is *marked*: a bit
-  of its scale says that the last codes stand for an infinity, a NaN and, in
-  arrays without signs, a huge value.
-* A *huge* value is left out as well. It is a finite value above 2^48, or above
-  2^96 in an array of squares, in a block that also has smaller values that are
-  not zero. It is taken for the result of an overflow. In a block that has huge
-  values and zeros alone, the huge values are usual ones.
+* Infinities and NaNs are left out.
+* *Huge* values are left out as well. A value is huge if it is above 2^48, or
+  above 2^96 in an array without signs, and its block also has smaller values
+  that are not zero. It is taken for the result of an overflow. In a block that
+  has such large values and zeros alone, they are usual values.
+
+A block is *marked* if it has an infinity, a NaN or, in an array without signs,
+a huge value. Its last codes stand for these. Each format marks the scale of the
+block in its own way: by a sign, a bit, or a number that means nothing else.
 """
 
 from typing import NamedTuple
@@ -24,13 +26,13 @@ import numpy as np
 from optax_mp.formats import _reductions
 
 # The square of a gradient above 2^64 is infinite. An average with decay 0.9999
-# takes in 1e-4 of the gradient, which is still above 2^48. Likewise, 1e-4 of
-# the square of a gradient of 2^55 is above 2^96.
+# takes in 1e-4 of the gradient, which is still above 2^48. A second moment is
+# above 2^96 only after a gradient above 2^48; with decay 0.9999, above 2^54.
 HUGE = 2.0**48
 HUGE_SQUARE = HUGE**2
-# The value that a huge one is decoded to where there are no signs. An optimizer
-# divides by its root, so it must be large. Multiplied by a decay it is huge in
-# the next step, too: it does not fall as in float32.
+# In an array without signs, a huge value is decoded to this one. An optimizer
+# divides by its root, so it must be large. Multiplied by the optimizer's decay
+# it is still huge in the next step: it does not fall as it would in float32.
 OUTLIER = 2.0**120
 LARGEST = float(np.finfo(np.float32).max)
 TINY = 2.0**-126  # the smallest normal number; below it a value counts as zero

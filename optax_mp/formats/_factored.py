@@ -69,13 +69,13 @@ class Factored:
   axes are kept: a stack of layers has factors for each. Means are float32:
   those of rows or columns are zero below 2^-126.
 
-  **Overflow:** an infinity, a NaN and a value above 2^96 beside smaller ones
-  are left out of the means; a negative value counts as NaN. The sign and the
-  last two bits of the means of their row and column record them, and they come
-  back, the last kind as 2^120. Only rows and columns are recorded. A value
-  whose row and column are both marked therefore comes back as the milder of the
-  two kinds, even if it was a usual value: two infinities in different rows and
-  columns come back as four.
+  **Overflow:** infinities, NaNs and values above 2^96 beside smaller ones are
+  left out of the means; a negative value counts as NaN. The means of their row
+  and their column record the kind, in the sign and the last two bits. Where
+  both are marked, ``decode`` gives an infinity, a NaN or, for the third kind,
+  2^120; if the kinds differ, the first in the order 2^120, infinity, NaN. Usual
+  values at the crossing of a marked row and a marked column are lost: two
+  infinities in different rows and columns come back as four.
 
   References:
     Shazeer and Stern, `Adafactor <https://arxiv.org/abs/1804.04235>`_, 2018;

@@ -42,9 +42,9 @@ class Float8:
     expand: whether to expand.
     rounding: 'nearest' or 'stochastic' (needs a key).
     keep_nonzero: whether what is not zero never becomes zero.
-    signed: False for second moments and other arrays that are not negative: a
-      negative value comes back as NaN, and the limit of what counts as an
-      overflow beside smaller values is 2^96 instead of 2^48.
+    signed: False for second moments and other arrays that are not negative. A
+      negative value then comes back as NaN, and a value beside smaller ones
+      counts as an overflow above 2^96 instead of 2^48.
 
   Raises:
     ValueError: for other arguments; in ``encode``, where a key is missing.
@@ -65,8 +65,8 @@ class Float8:
   becomes the smallest code instead of collapsing the expansion of the others.
   Nothing is ever out of the dtype's range, where a cast would give NaN. An
   infinity, a NaN or a huge value comes back as in :class:`BlockInt`. With
-  ``expand``, the others of a block with an infinity or a NaN, and unsigned also
-  with a huge value, are stored with k = 1/2.
+  ``expand``, k is 1/2 in a block that has an infinity or a NaN; with
+  ``signed=False`` also in one that has a huge value.
 
   References:
     Xi et al., `COAT: Compressing Optimizer states and Activation for

@@ -53,8 +53,9 @@ class Grid(Protocol):
   def scaled(self, x: jax.Array, scale: jax.Array, /) -> Relative:
     """The magnitude of x in the block's units, and whether the block is marked.
 
-    A huge value is above ``reach``, unless the largest of the others is nearly
-    as large: then it has the last code for numbers.
+    In an array without signs, a huge value is more than ``reach``, and so gets
+    its own code. It may be less if the largest usual value of its block is
+    nearly as large: then it gets the last code for numbers.
     """
     ...
 
@@ -69,8 +70,8 @@ class Grid(Protocol):
   def unscaled(self, value: jax.Array, scale: jax.Array, /) -> Relative:
     """The inverse of ``scaled``: the magnitude, and the sign of the mark.
 
-    The second array is negative in a marked block, where the value is not zero;
-    the codes for values that are no numbers are never that of zero.
+    The second array is negative in a marked block. It may be zero where the
+    value is zero: a zero has no code for an infinity, a NaN or a huge value.
     """
     ...
 

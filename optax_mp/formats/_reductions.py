@@ -128,6 +128,7 @@ def reduce_own(
       return pairwise(a[0], b[0]), a[1] | b[1]
 
     x, unknown = lax.reduce(operands, starts, of_both, axes)
-    return over.kept(jnp.where(unknown, start, x))  # Both count as used.
+    # The second result is used, so that XLA cannot remove its operand.
+    return over.kept(jnp.where(unknown, start, x))
 
   return lax.platform_dependent(x, tpu=alone, default=beside_another)

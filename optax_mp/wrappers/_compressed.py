@@ -62,7 +62,10 @@ def compressed(
     rule: a format for every large floating-point array of the state; or a
       mapping from state field to format or None, ``{'mu': Split(8)}``; or a
       function ``(path, leaf) -> format or None``. See
-      :func:`optax_mp.formats.encode_tree`.
+      :func:`optax_mp.formats.encode_tree`. Second moments (fields such as
+      ``nu``) get a format with signs without them: ``BlockInt(8)`` as
+      ``BlockInt(8, signed=False, map='sqrt')``. With signs, small ones would
+      become zeros, and an optimizer divides by their root.
     min_size: arrays with fewer values than this stay as they are, as integers
       do: there is nothing to save, and any array takes 512 bytes on a TPU.
     seed: for formats that round stochastically; two in one chain need two.

@@ -54,11 +54,12 @@ def fit_ahead(
 def _together(
   scales: list[Any], like: Any, chosen: list[Any], params: Any
 ) -> list[Any]:
-  """The same scales, those of one parameter all at once on a GPU.
+  """The same scales, but on a GPU all scales of one parameter at once.
 
-  Else XLA:GPU may compute the codes of one moment beside the scales of another
-  one: three kernels, which read the gradient three times. Factored leaves and
-  small leaves are left out: XLA computes their scales in other kernels anyway.
+  Otherwise XLA:GPU may compute the codes of one moment beside the scales of
+  another one: three kernels, which read the gradient three times. Factored
+  leaves and small leaves are left out: XLA computes their scales in other
+  kernels anyway.
   """
   leaves = jax.tree_util.tree_leaves_with_path(like)
   paths = [path for path, _ in leaves]
@@ -78,12 +79,12 @@ def _together(
 
 
 def _recomputed(stored: Any, like: Any) -> Any:
-  """The same state, of which XLA does not know that it is the same.
+  """The same state, in a way that XLA does not know to be the same.
 
-  Else XLA:GPU would compute new moments once, for both the scales and the
-  codes, and keep them in between. Of what is stored only the arrays of a leaf's
-  shape are told apart: that is enough, and scales have copies on a TPU. XLA:CPU
-  computes them for each of its results anyway.
+  Otherwise XLA:GPU would compute new moments once, for both the scales and the
+  codes, and keep them in between. Only arrays of the shape of their leaf are
+  told apart: that is enough, and a TPU would copy scales. XLA:CPU computes new
+  moments for each of its results anyway.
   """
 
   def told_apart(leaf, parts):

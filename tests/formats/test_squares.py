@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Second moments get formats without signs, whatever their fields are called."""
+"""Second moments get formats without signs, whatever their fields are named."""
 
 import jax
 import jax.numpy as jnp
