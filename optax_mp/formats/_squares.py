@@ -10,19 +10,23 @@ weight would make a step of any length.
 from typing import Any
 
 import jax
-import optax
 
 from optax_mp.formats import _paths
 
-# The fields of means and sums of squares: in most of Optax's states, and in
-# those that use other names, or these names for something else.
+# The fields of means and sums of squares, in the states of Optax and of this
+# library.
 _SQUARES = frozenset(
-  {'nu', 'nu_max', 'e_g', 'e_x', 'sum_of_squares', 'exp_avg_sq'}
+  {
+    *('nu', 'nu_max', 'nu_row', 'nu_col', 'res_row', 'res_col'),
+    *('e_g', 'e_x', 'exp_avg_sq', 'grad_sum_sq', 'sum_of_squares'),
+  }
 )
+# States that call them otherwise, or call something else by these names.
 _OTHER_SQUARES = {
-  optax.ScaleBySM3State: frozenset({'mu'}),
-  optax.ScaleByAdanState: frozenset({'n'}),
-  optax.FactoredState: frozenset({'v', 'v_row', 'v_col'}),
+  'FactoredState': frozenset({'v', 'v_row', 'v_col'}),
+  'ScaleByAdanState': frozenset({'n'}),
+  'ScaleBySM3State': frozenset({'mu'}),
+  'ScaleBySimplifiedAdEMAMixState': frozenset({'n'}),
 }
 
 
@@ -35,7 +39,7 @@ def are_squares(path: _paths.Path, tree: Any) -> bool:
   """
   names, node = _SQUARES, tree
   for key in path:
-    names = _OTHER_SQUARES.get(type(node), names)
+    names = _OTHER_SQUARES.get(type(node).__name__, names)
     node = _child(node, key)
   return not names.isdisjoint(_paths.fields(path))
 

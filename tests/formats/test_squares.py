@@ -10,6 +10,9 @@ import pytest
 import optax_mp
 from optax_mp import formats
 from optax_mp import memory
+from optax_mp.formats import _paths
+from optax_mp.formats import _squares
+import quick
 import tables
 
 SIGNED = [
@@ -66,6 +69,53 @@ def test_each_field_gets_the_one_that_is_right(name):
   squares, others = FIELDS[name]
   assert {found[field] for field in squares} <= {str(format.without_signs)}
   assert {found[field] for field in others} <= {str(format)}
+
+
+# Fields without a negative value that no root is taken of: lengths of steps.
+NO_SQUARES = {'step_sizes', 'scale', 'subgradients', 'reward'}
+OTHERS = {
+  'cocob': optax.contrib.cocob,
+  'dadapt_adamw': optax.contrib.dadapt_adamw,
+  'madgrad': optax.contrib.madgrad,
+  'prodigy': optax.contrib.prodigy,
+  'rprop': optax.rprop,
+  'simplified_ademamix': optax.contrib.simplified_ademamix,
+}
+ALL = {
+  **OTHERS,
+  **tables.OPTIMIZERS,
+  **{name: row.make for name, row in tables.PAPERS.items()},
+}
+
+
+def normal(seed, shape):
+  x = np.random.default_rng(seed).normal(size=shape)
+  return jnp.asarray(x, jnp.float32)
+
+
+@pytest.mark.parametrize('name', ALL)
+def test_all_fields_without_negative_values_are_known(name):
+  """kind: exact. In a field that has them, they would become NaN."""
+  tx = ALL[name](1e-2)
+  params = {'nu': normal(0, (16, 256)), 'mu': normal(1, (256,))}
+  state = tx.init(params)
+  with jax.numpy_dtype_promotion('standard'):
+    update = quick.jit(tx.update)
+    for i in range(3):
+      gradients = {k: normal(i, x.shape) for k, x in params.items()}
+      updates, state = update(gradients, state, params)
+      params = optax.apply_updates(params, updates)
+  leaves = jax.tree_util.tree_leaves_with_path(state)
+  parts = _paths.split_paths(
+    [path for path, _ in leaves], _paths.param_paths(params)
+  )
+  for path, leaf in leaves:
+    if not jnp.issubdtype(leaf.dtype, jnp.floating) or leaf.size < 256:
+      continue
+    own, _ = parts[path]
+    names = set(_paths.fields(own))
+    is_square = bool((leaf >= 0).all()) and not names & NO_SQUARES
+    assert _squares.are_squares(own, state) == is_square, (path, leaf)
 
 
 def test_a_factored_state():
