@@ -227,6 +227,47 @@ def test_formats_keep_what_is_no_number_to_itself():
     assert jnp.isnan(decoded[3, 140]) and jnp.isnan(decoded[5, 7]), name
 
 
+# Their codes are divided by the largest one, which XLA may do to the scale.
+DIVIDED = [
+  formats.BlockInt(8, map='linear'),
+  formats.BlockInt(8, signed=False, map='linear'),
+  formats.Float8('e4m3', expand=False),
+  formats.Float8('e5m2', expand=False),
+  formats.Float8('e5m2', expand=False, signed=False),
+]
+
+
+@pytest.mark.parametrize('others', [0.0, 1e-37, 1e-20])
+@pytest.mark.parametrize(
+  'row',
+  [
+    *(tables.FORMATS[name] for name in FORMATS),
+    *(tables.block(f, 8.25, None, signed=f.signed) for f in DIVIDED),
+  ],
+  ids=lambda row: str(row.format),
+)
+def test_a_mark_does_not_underflow(row, others):
+  """kind: exact. XLA divides small scales by the largest code, and then more.
+
+  A bad value beside zeros is usual: embeddings have rows without gradients.
+  """
+  for shape in ((7,), (128,), (8, 128), (16, 200)):
+    if len(shape) < row.axes:
+      continue
+    both = quick.jit(
+      lambda x, key: row.format.decode(row.format.encode(x, key), x)
+    )
+    for value in (np.inf, np.nan, 1e37):
+      x = jnp.full(shape, others).at[(0,) * len(shape)].set(value)
+      seen = np.asarray(both(x, jax.random.key(0)))
+      first = seen.ravel()[0]
+      wanted = np.isfinite(value) and (row.signed or first > 1e30)
+      assert wanted or np.array_equal(first, value, equal_nan=True), (shape, x)
+      # Without a code for zero, zeros beside 1e37 alone are 1/16 of it.
+      if row.zero or others or not np.isfinite(value):
+        assert np.abs(seen.ravel()[1:]).max() <= max(1e-30, 2 * others)
+
+
 @pytest.mark.parametrize('name', tables.FORMATS)
 def test_nothing_is_nan_on_the_way(name):
   """`jax_debug_nans` finds no NaN in programs that are not compiled."""

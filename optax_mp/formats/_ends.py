@@ -36,8 +36,10 @@ HUGE_SQUARE = HUGE**2
 OUTLIER = 2.0**120
 LARGEST = float(np.finfo(np.float32).max)
 TINY = 2.0**-126  # the smallest normal number; below it a value counts as zero
-# The smallest scale of a marked block, whose ordinary codes do not underflow.
-LEAST = 2.0**-120
+# The smallest scale of a marked block. XLA may divide it by the largest code or
+# number, up to 57344, before it multiplies by a code, and the mark must not be
+# lost in an underflow.
+LEAST = 2.0**-108
 
 # Words of float32 and the parts of the keys by which `largest` compares them.
 _SIGN = np.int32(-(2**31))

@@ -41,7 +41,10 @@ class Float8:
     block_size: values of a block; see :class:`BlockInt` for odd shapes.
     expand: whether to expand.
     rounding: 'nearest' or 'stochastic' (needs a key).
-    keep_nonzero: whether what is not zero never becomes zero.
+    keep_nonzero: whether values that are not zero never become zero. Pass False
+      for first moments without ``expand``. Otherwise they become at least 4e-6
+      ('e5m2': 3e-10) of the largest of their block, and Adam may divide them by
+      the root of a much smaller second moment.
     signed: False for second moments and other arrays that are not negative. A
       negative value then comes back as NaN, and a value beside smaller ones
       counts as an overflow above 2^96 instead of 2^48.

@@ -27,21 +27,33 @@ _OTHER_SQUARES = {
   'ScaleByAdanState': frozenset({'n'}),
   'ScaleBySM3State': frozenset({'mu'}),
   'ScaleBySimplifiedAdEMAMixState': frozenset({'n'}),
+  'SophiaState': frozenset(),  # its `nu` is a mean of second derivatives
 }
 
 
 def are_squares(path: _paths.Path, tree: Any) -> bool:
   """Whether a leaf of a state is a mean or a sum of squares, by its name.
 
+  Other people's states may call anything by these names. Their leaves are none.
+
   Args:
     path: the state's part of the path of the leaf.
     tree: the state.
   """
-  names, node = _SQUARES, tree
+  node = tree
   for key in path:
-    names = _OTHER_SQUARES.get(type(node).__name__, names)
+    if getattr(key, 'name', None) in _squares_of(type(node)):
+      return True
     node = _child(node, key)
-  return not names.isdisjoint(_paths.fields(path))
+  return False
+
+
+def _squares_of(state: type) -> frozenset[str]:
+  """The fields of a type of states that hold squares."""
+  package, *_ = state.__module__.split('.')
+  if package not in ('optax', 'optax_mp'):
+    return frozenset()
+  return _OTHER_SQUARES.get(state.__name__, _SQUARES)
 
 
 def without_signs(format: Any) -> Any:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Second moments get formats without signs, whatever their fields are named."""
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -134,6 +136,26 @@ def test_a_parameter_that_is_called_like_a_square():
     count=jnp.ones((8, 128)), mu=jnp.ones((8, 128)), nu=jnp.ones((8, 128))
   )
   assert set(chosen(tx, params).values()) == {str(format)}
+
+
+class TheirState(NamedTuple):
+  """A state of somebody else, whose `nu` has signs."""
+
+  nu: Any
+
+
+def test_what_others_call_by_that_name_keeps_its_signs():
+  theirs = optax.GradientTransformation(
+    lambda params: TheirState(jax.tree.map(jnp.zeros_like, params)),
+    lambda updates, state, params=None: (updates, TheirState(updates)),
+  )
+  format, params = formats.BlockInt(8), jnp.ones((16, 256))
+  for inner in (theirs, optax.chain(optax.scale(2.0), theirs)):
+    tx = optax_mp.compressed(inner, format, min_size=0)
+    assert chosen(tx, params)['nu'] == str(format)
+  hessians = optax.contrib.sophia(1e-3)
+  tx = optax_mp.compressed(hessians, format, min_size=0)
+  assert chosen(tx, params)['nu'] == str(format)
 
 
 def test_a_format_by_hand_stays():
