@@ -62,15 +62,15 @@ class Affine:
     4.25 0.504
 
   **Caveats:** zero has no code unless all of a block is zero. Beside other
-  values it comes back as another number, and -x comes back as another one than
-  minus x. Optimizers divide moments and take their signs, so ``compressed``
+  values it decodes to another number, and x and -x may decode to different
+  magnitudes. Optimizers use ratios and signs of moments, so ``compressed``
   refuses this format for fields called ``mu``, ``nu``, ``m1`` or ``m2``.
   Infinities and NaNs come back as they are and do not widen the range; their
   block has three codes fewer, and stores ``lo`` above ``hi`` as its mark.
-  Values above 2^48 beside smaller ones do not widen the range either, and come
-  back as the end that is nearer to them. Blocks of a range below 2^-122, with
-  8 bits 2^-118, are stored as their smallest value; values below 2^-126 are
-  zeros, and values above 2^126 come back as 2^126.
+  Magnitudes above 2^48 beside smaller ones do not widen the range either: such
+  values come back as the nearer end of the range. Blocks with a range below
+  2^-122 (2^-118 in 8 bits) are stored as their smallest value. Magnitudes below
+  2^-126 count as 0, and magnitudes above 2^126 as 2^126.
 
   References:
     Modoranu et al., `MicroAdam: Accurate Adaptive Optimization with Low Space

@@ -107,10 +107,10 @@ class BlockInt:
   'stochastic'. Values below 2^-126 become zeros. In a block whose largest is
   above 2^126 all may, except with 'log': the inverse of its scale underflows.
 
-  **Overflow:** infinities and NaNs come back as they are, and leave a few codes
-  fewer to their block ('log': 6 an octave in 8 bits). A value above 2^48 beside
-  smaller ones comes back as their largest; unsigned, one above 2^96 comes back
-  as 2^120, so that it never decays, and a negative one as NaN.
+  **Overflow:** infinities and NaNs are kept, and their block has a few codes
+  fewer ('log' in 8 bits: 6 per octave are left). Signed, a magnitude above 2^48
+  beside smaller ones becomes their largest and keeps its sign. Unsigned, values
+  above 2^96 become 2^120 and never decay; negative ones become NaN.
 
   References:
     Dettmers et al., `8-bit Optimizers via Block-wise Quantization

@@ -7,13 +7,14 @@ values:
 
 * Infinities and NaNs are left out.
 * *Huge* values are left out as well. A value is huge if it is above 2^48, or
-  above 2^96 in an array without signs, and its block also has smaller values
-  that are not zero. It is taken for the result of an overflow. In a block that
-  has such large values and zeros alone, they are usual values.
+  2^96 in an unsigned array, and its block also has values below that limit that
+  are not zero. It is taken for the result of an overflow. If all other values
+  of the block are zeros or as large, it is a usual value.
 
-A block is *marked* if it has an infinity, a NaN or, in an array without signs,
-a huge value. Its last codes stand for these. Each format marks the scale of the
-block in its own way: by a sign, a bit, or a number that means nothing else.
+A block is *marked* if it has an infinity, a NaN or, in an unsigned array, a
+huge value. The last codes of a marked block stand for these values. Formats
+differ in their mark: it is the sign of the scale, a bit, or a number that means
+nothing else.
 """
 
 from typing import NamedTuple
@@ -25,14 +26,14 @@ import numpy as np
 
 from optax_mp.formats import _reductions
 
-# The square of a gradient above 2^64 is infinite. An average with decay 0.9999
-# takes in 1e-4 of the gradient, which is still above 2^48. A second moment is
+# A gradient above 2^64 has an infinite square, and a first moment above 2^48
+# even with decay 0.9999, which adds 1e-4 of the gradient. A second moment is
 # above 2^96 only after a gradient above 2^48; with decay 0.9999, above 2^54.
 HUGE = 2.0**48
 HUGE_SQUARE = HUGE**2
-# In an array without signs, a huge value is decoded to this one. An optimizer
-# divides by its root, so it must be large. Multiplied by the optimizer's decay
-# it is still huge in the next step: it does not fall as it would in float32.
+# In an unsigned array, a huge value is decoded to this one. An optimizer
+# divides by its root, so it must be large. After the optimizer's decay it is
+# still huge, so it stays at 2^120; in float32 it would decay.
 OUTLIER = 2.0**120
 LARGEST = float(np.finfo(np.float32).max)
 TINY = 2.0**-126  # the smallest normal number; below it a value counts as zero
@@ -41,7 +42,8 @@ TINY = 2.0**-126  # the smallest normal number; below it a value counts as zero
 # lost in an underflow.
 LEAST = 2.0**-108
 
-# Words of float32 and the parts of the keys by which `largest` compares them.
+# Words (bit patterns) of float32, and the parts of the keys by which `largest`
+# compares them.
 _SIGN = np.int32(-(2**31))
 _ALL = np.int32(0x7FFFFFFF)
 _INFINITY = np.int32(0x7F800000)
@@ -54,13 +56,13 @@ _words, _as_float = _reductions.words, _reductions.as_float
 
 
 class Ends(NamedTuple):
-  """The ends of each block, without the axes of its values."""
+  """The ends of each block, whose own axes are reduced."""
 
-  # The smallest value that is not zero: TINY in a marked block, infinity in a
-  # block of zeros.
+  # The smallest value that is not zero; infinity in a block of zeros. TINY in a
+  # marked block, where the reduction finds the mark instead.
   low: jax.Array
   high: jax.Array  # the largest value: below TINY in a block of zeros
-  marked: jax.Array  # whether some value has a code of its own
+  marked: jax.Array  # whether the block is marked
 
 
 def largest(
@@ -68,12 +70,12 @@ def largest(
 ) -> tuple[jax.Array, jax.Array]:
   """The largest usual magnitude of each block, and which blocks are marked.
 
-  For arrays with signs. A huge value marks no block: it is stored as the
-  largest of the others, in its own direction.
+  For signed arrays. A huge value does not mark its block: formats store it as
+  the largest usual one, with its sign.
 
   On a TPU, and for large leaves on a GPU, this is one reduction of integer
-  keys, in the order zero, huge, usual; the sign of a key says that there is an
-  infinity or a NaN. Elsewhere it is two.
+  keys, in the order zero, huge, usual; a negative key stands for an infinity or
+  a NaN. Elsewhere two reductions are needed.
 
   Args:
     x: float32.
@@ -110,12 +112,12 @@ def range_of(size: jax.Array, over: _reductions.Over, signed: bool) -> Ends:
   """The smallest and the largest usual value of each block, zeros left out.
 
   Args:
-    size: float32; with ``signed`` the magnitudes. A negative value counts as a
+    size: float32; magnitudes if ``signed``, else a negative value counts as a
       NaN.
     over: which values share a scale.
     signed: whether the array has signs. If so, huge values begin at 2^48 and
       mark no block, as for :func:`largest`. If not, they begin at 2^96 and mark
-      their block: they have a code of their own.
+      their block: a code is reserved for them.
 
   Returns:
     The ends.

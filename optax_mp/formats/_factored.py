@@ -71,11 +71,11 @@ class Factored:
 
   **Overflow:** infinities, NaNs and values above 2^96 beside smaller ones are
   left out of the means; a negative value counts as NaN. The means of their row
-  and their column record the kind, in the sign and the last two bits. Where
-  both are marked, ``decode`` gives an infinity, a NaN or, for the third kind,
-  2^120; if the kinds differ, the first in the order 2^120, infinity, NaN. Usual
-  values at the crossing of a marked row and a marked column are lost: two
-  infinities in different rows and columns come back as four.
+  and their column are marked, in the sign and the last two bits. Where both are
+  marked, ``decode`` gives 2^120 for a large value, an infinity or a NaN; if the
+  two marks differ, the first of these three. Usual values at the crossing of a
+  marked row and a marked column are lost: two infinities in different rows and
+  columns come back as four.
 
   References:
     Shazeer and Stern, `Adafactor <https://arxiv.org/abs/1804.04235>`_, 2018;

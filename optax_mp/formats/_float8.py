@@ -64,12 +64,12 @@ class Float8:
     0.015
 
   **Caveats:** M is rounded up to a bfloat16, and k is at least 1/2 and at most
-  255/16: what is more than F^4 / 4 times smaller than its block's largest value
-  becomes the smallest code instead of collapsing the expansion of the others.
-  Nothing is ever out of the dtype's range, where a cast would give NaN. An
-  infinity, a NaN or a huge value comes back as in :class:`BlockInt`. With
-  ``expand``, k is 1/2 in a block that has an infinity or a NaN; with
-  ``signed=False`` also in one that has a huge value.
+  255/16: a value more than F^4 / 4 times smaller than the largest of its block
+  gets the smallest code, and does not limit the expansion of the others.
+  Nothing is ever out of the dtype's range, where a cast would give NaN.
+  Overflows are decoded as in :class:`BlockInt`. With ``expand``, k is 1/2 in a
+  block that has an infinity or a NaN; with ``signed=False`` also in one that
+  has a value above 2^96.
 
   References:
     Xi et al., `COAT: Compressing Optimizer states and Activation for

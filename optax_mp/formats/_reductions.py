@@ -34,20 +34,20 @@ class Over(NamedTuple):
 
 
 def by_size(x: jax.Array, one: Any, two: Any, tpu: Any) -> Any:
-  """``one`` reduction for a large array on a GPU, ``two`` for others.
+  """``one`` for large arrays on a GPU, ``two`` for others and on CPUs.
 
-  XLA:GPU computes an operand anew for each of two reductions, and for each
-  shape in which it is read. Where its cost model finds that too expensive, it
-  keeps the operand in float32 instead.
+  XLA:GPU recomputes an operand for each of two reductions, and for each shape
+  in which it is read. If its cost model finds this too expensive, XLA
+  materializes the operand in float32.
 
   Args:
     x: the array.
     one: a function of it that has one reduction.
-    two: one that has two reductions, which all compilers know.
-    tpu: one of the two, for a TPU.
+    two: a function with two ordinary reductions (min, max).
+    tpu: ``one`` or ``two``, for TPUs.
 
   Returns:
-    The result of the function of the platform.
+    The result of the function that was chosen.
   """
   gpu = one if x.size >= FEW else two
   return lax.platform_dependent(x, cpu=two, tpu=tpu, default=gpu)
@@ -96,18 +96,18 @@ def reduce_own(
   x: jax.Array,
   over: Over,
 ) -> jax.Array:
-  """Reduces a split array with any function, on a TPU or a GPU.
+  """Reduces a split array with a function of one's own.
 
   If the values that share a scale lie on several devices, XLA turns the
-  reduction into an all-reduce. CPUs and GPUs have all-reduces of sums,
-  products, maxima and minima only. XLA makes no all-reduce of a reduction of
-  two operands: it gathers the partial results of the devices and reduces them
-  on each. On a GPU this function therefore adds a second operand. It is false
-  everywhere, but the compiler cannot know that.
+  reduction into an all-reduce. CPUs and GPUs support all-reduces of sums,
+  products, maxima and minima only. For a reduction of two operands, XLA gathers
+  the partial results of all devices instead, and each device reduces them.
+  Except on a TPU, a second operand is therefore added. All its values are
+  false, which XLA cannot know.
 
   Args:
     pairwise: a function of two values, associative and commutative.
-    start: its neutral element.
+    start: its identity.
     x: the array.
     over: which values share a scale.
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Second moments get formats without signs.
+"""Second moments get unsigned formats.
 
-An optimizer divides by the root of a second moment. In a format with signs,
-small values beside large ones would become zeros, and a huge value would be
-stored as the largest of the others: the root would be far too small, and the
-weight would make a step of any length.
+Most optimizers divide by the root of a second moment. A signed format would
+round small values beside large ones to zero, and store a huge value as the
+largest of the others. The root would be far too small, and the step of the
+weight arbitrarily long.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ import jax
 
 from optax_mp.formats import _paths
 
-# The fields of means and sums of squares, in the states of Optax and of this
+# Fields that hold means or sums of squares, in most states of Optax and of this
 # library.
 _SQUARES = frozenset(
   {
@@ -21,7 +21,7 @@ _SQUARES = frozenset(
     *('e_g', 'e_x', 'exp_avg_sq', 'grad_sum_sq', 'sum_of_squares'),
   }
 )
-# States that call them otherwise, or call something else by these names.
+# States whose names for them differ, or mean something else.
 _OTHER_SQUARES = {
   'FactoredState': frozenset({'v', 'v_row', 'v_col'}),
   'ScaleByAdanState': frozenset({'n'}),
@@ -34,10 +34,11 @@ _OTHER_SQUARES = {
 def are_squares(path: _paths.Path, tree: Any) -> bool:
   """Whether a leaf of a state is a mean or a sum of squares, by its name.
 
-  Other people's states may call anything by these names. Their leaves are none.
+  The states of other people may call anything by these names: the answer is
+  False for them.
 
   Args:
-    path: the state's part of the path of the leaf.
+    path: the path of the leaf within the state.
     tree: the state.
   """
   node = tree
@@ -57,9 +58,9 @@ def _squares_of(state: type) -> frozenset[str]:
 
 
 def without_signs(format: Any) -> Any:
-  """The format for squares in place of ``format``: the same, but unsigned.
+  """The unsigned form of ``format``, which stores squares.
 
-  A format whose values do not share a scale has no other one.
+  A format without a shared scale is returned unchanged.
   """
   return getattr(format, 'without_signs', format)
 

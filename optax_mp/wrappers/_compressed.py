@@ -62,10 +62,11 @@ def compressed(
     rule: a format for every large floating-point array of the state; or a
       mapping from state field to format or None, ``{'mu': Split(8)}``; or a
       function ``(path, leaf) -> format or None``. See
-      :func:`optax_mp.formats.encode_tree`. Second moments (fields such as
-      ``nu``) get a format with signs without them: ``BlockInt(8)`` as
-      ``BlockInt(8, signed=False, map='sqrt')``. With signs, small ones would
-      become zeros, and an optimizer divides by their root.
+      :func:`optax_mp.formats.encode_tree`. For second moments (``nu``
+      and others, in the states of Optax and of this library) a signed format
+      becomes unsigned: ``BlockInt(8)``, whose map is 'sqrt', becomes
+      ``BlockInt(8, signed=False, map='sqrt')``. A signed one would turn small
+      values into zeros, and optimizers divide by their roots.
     min_size: arrays with fewer values than this stay as they are, as integers
       do: there is nothing to save, and any array takes 512 bytes on a TPU.
     seed: for formats that round stochastically; two in one chain need two.

@@ -67,18 +67,18 @@ def skip_nonfinite(
     0.0 1
 
   **Caveats:** ``tx.update`` is called twice, the first time only to check the
-  step. Memory then holds one state, which is updated in place. The price is
-  arithmetic and one more read of gradients, parameters and state. A callback
-  inside ``tx`` runs twice. If ``tx`` calls :func:`compressed` inside a ``jit``
-  or a ``cond``, the new state is checked after it was stored and decoded. In a
-  ``vmap`` of ``tx.update`` only its stored arrays are checked. One bad gradient
-  skips the step of all parameters. To skip the step of one group alone, wrap
-  its part of an ``optax.partition``. In ``backward.fused_step`` use
-  ``skip_nonfinite=True``.
+  step. So memory holds one state, updated in place. The price is arithmetic and
+  a second read of gradients, parameters and state. A callback inside ``tx``
+  runs twice. If ``tx`` calls :func:`compressed` inside a ``jit`` or a ``cond``,
+  the new state is checked as it is decoded. In a ``vmap`` of ``tx.update`` only
+  the stored arrays are checked, whose codes hide infinities. One overflow skips
+  the step of all parameters. To skip only the step of one group, wrap the
+  transformation of this group in ``optax.partition``. In
+  ``backward.fused_step`` use ``skip_nonfinite=True``.
 
-  Around ``optax.MultiSteps``, gradients that are not finite do not enter its
-  sum. A finite one whose square overflows may stay in the sum and stop all
-  later steps: clip gradients before they are added.
+  Around ``optax.MultiSteps``, its sum leaves out gradients that are not finite.
+  A finite gradient whose square overflows may stay in the sum, and then every
+  later step is skipped: clip gradients before they are added.
   """
   tx = _checked(tx, max_consecutive)
 

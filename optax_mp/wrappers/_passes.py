@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two passes of a step: what blocks share first, then their codes."""
+"""The two passes of a step: first the scales of blocks, then their codes."""
 
 import collections
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from optax_mp.formats import _tree
 class FirstPass(NamedTuple):
   """A step without its updates and codes."""
 
-  stored: Any  # the state before, told apart from the one of the second pass
+  stored: Any  # the old state, which XLA cannot merge with the second pass's
   inner_state: Any  # the state after, in float32
   scales: list[Any]  # of each leaf
 
@@ -31,17 +31,17 @@ def fit_ahead(
   chosen: list[Any],
   params: Any,
 ) -> FirstPass | None:
-  """The first pass: the scales of a state that is not there yet.
+  """The first pass: the scales of the new state, without its codes.
 
   Args:
-    advance: of a stored state, updates and the new state in float32.
+    advance: maps a stored state to updates and the new state in float32.
     stored: the state.
     like: its shapes and dtypes in float32.
     chosen: the format of each leaf.
     params: a tree of the structure of the parameters.
 
   Returns:
-    The pass; None if no format has scales.
+    The first pass; None if no format has scales.
   """
   if not any(_fitted.is_fitted(format) for format in chosen):
     return None
@@ -54,12 +54,11 @@ def fit_ahead(
 def _together(
   scales: list[Any], like: Any, chosen: list[Any], params: Any
 ) -> list[Any]:
-  """The same scales, but on a GPU all scales of one parameter at once.
+  """The same scales; on a GPU, all scales of a parameter form one group.
 
-  Otherwise XLA:GPU may compute the codes of one moment beside the scales of
-  another one: three kernels, which read the gradient three times. Factored
-  leaves and small leaves are left out: XLA computes their scales in other
-  kernels anyway.
+  Otherwise XLA:GPU may fuse the codes of one moment with the scales of another
+  one: three kernels then read the gradient. Factored leaves and small leaves
+  are left out: XLA computes their scales in other kernels anyway.
   """
   leaves = jax.tree_util.tree_leaves_with_path(like)
   paths = [path for path, _ in leaves]
@@ -79,11 +78,11 @@ def _together(
 
 
 def _recomputed(stored: Any, like: Any) -> Any:
-  """The same state, in a way that XLA does not know to be the same.
+  """The same state, behind a barrier: XLA cannot merge the two.
 
-  Otherwise XLA:GPU would compute new moments once, for both the scales and the
-  codes, and keep them in between. Only arrays of the shape of their leaf are
-  told apart: that is enough, and a TPU would copy scales. XLA:CPU computes new
+  Otherwise XLA:GPU would compute new moments once, for both scales and codes,
+  and keep them in float32. Only arrays of the shape of their leaf get a
+  barrier: that is enough, and a TPU would copy scales. XLA:CPU computes new
   moments for each of its results anyway.
   """
 
