@@ -2,6 +2,7 @@
 """Rounding to a grid: the one place where a value becomes a code."""
 
 from collections.abc import Callable
+import functools
 from typing import Any, Protocol, TypeAlias
 
 import chex
@@ -157,9 +158,15 @@ def _with_special(
 def value_of(grid: Grid, code: jax.Array, scale: jax.Array) -> jax.Array:
   """The magnitude of a code."""
   value, sign = grid.unscaled(grid.value(code, scale), scale)
-  return special(grid, value, sign, code, lambda code: code)
+  return special(grid, value, sign, code, _as_it_is)
 
 
+def _as_it_is(code: int) -> int:
+  return code
+
+
+# Compiled: `jax_debug_nans` would stop at `other`, but looks at results only.
+@functools.partial(jax.jit, static_argnames=('grid', 'of_code'), inline=True)
 def special(
   grid: Grid,
   value: jax.Array,
@@ -181,13 +188,12 @@ def special(
   Returns:
     The magnitudes, infinity, NaN or 2^120.
   """
-  marked = sign < 0
-  others = [jnp.inf, jnp.nan, _ends.OUTLIER][: grid.infinity - last(grid)]
-  # One by one: an array of NaNs would stop a program under `jax_debug_nans`.
-  for down, other in enumerate(others):
-    is_other = marked & (code == of_code(grid.infinity - down))
-    value = jnp.where(is_other, other, value)
-  return value
+  other = jnp.where(code == of_code(grid.infinity), jnp.inf, jnp.nan)
+  if not grid.signed:
+    is_huge = code == of_code(grid.infinity - 2)
+    other = jnp.where(is_huge, _ends.OUTLIER, other)
+  is_other = (code > of_code(last(grid))) & (sign < 0)
+  return jnp.where(is_other, other, value)
 
 
 def times(value: jax.Array, scale: jax.Array) -> Relative:
@@ -202,5 +208,5 @@ def times(value: jax.Array, scale: jax.Array) -> Relative:
   """
   product = value * scale
   least = jnp.minimum(jnp.abs(scale), _ends.TINY)  # it is 0 where all are
-  size = jnp.minimum(jnp.abs(product), _ends.LARGEST)
+  size = jnp.abs(product)
   return jnp.where(value > 0, jnp.maximum(size, least), size), product

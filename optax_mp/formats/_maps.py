@@ -164,6 +164,8 @@ class Scaled:
     else:
       _, high, marked = _ends.range_of(x, over, signed=False)
     last = self.map.value(jnp.int32(_grids.last(self)))
+    # Decoded, the largest number may be an ulp more.
+    high = jnp.minimum(high, _ends.LARGEST * (1 - 2.0**-20))
     wider = jnp.clip(high / last, _ends.LEAST, _ends.LARGEST)
     return jnp.where(marked, -wider, high)
 
