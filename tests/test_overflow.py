@@ -289,3 +289,16 @@ def test_the_largest_numbers_stay_finite(name, shape):
     lambda x: row.format.decode(row.format.encode(x, jax.random.key(0)), x)
   )
   assert jnp.isfinite(both(x)).all()
+
+
+@pytest.mark.parametrize('residual', [formats.BlockInt(4), formats.BFloat16()])
+@pytest.mark.parametrize('map', ['sqrt', 'linear', 'log'])
+def test_a_huge_value_with_error_feedback(map, residual):
+  """kind: exact. A residual near its negative would leave nothing of it."""
+  format = formats.ErrorFeedback(
+    formats.BlockInt(8, signed=False, map=map), residual
+  )
+  x = gradients(0, (16, 256)).at[3, 130].set(1e30)
+  seen = format.decode(format.encode(x), x)
+  assert seen[3, 130] == 2.0**120
+  assert jnp.max(jnp.where(x > 2, 0.0, seen)) < 2.1
