@@ -22,7 +22,7 @@ from optax_mp._core import _traces
 class Noted(abc.ABC):  # noqa: B024, a mark: NamedTuples have no base class
   """Marks the types of states that always make a note: one per state.
 
-  Their method ``values`` returns the state as it was before it was stored. It
+  Their method ``values`` returns the state with its stored arrays decoded. It
   is for steps whose notes do not arrive.
   """
 

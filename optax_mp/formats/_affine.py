@@ -153,7 +153,7 @@ class Affine:
   def _ends(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     cut = _blocks.cut(x.shape, self.block_size)
     low, high, marked = _ends.both(x, _reductions.Over(cut.axes, cut.split))
-    # So that neither the range nor the end below a marked one is infinite.
+    # Neither the range nor the end below a marked one may become infinite.
     low, high = (jnp.clip(end, -(2.0**126), 2.0**126) for end in (low, high))
     if self.stats_dtype == 'bfloat16':
       low, high = -_rounded_up(-low), _rounded_up(high)

@@ -200,9 +200,9 @@ class BlockInt:
   def _check_stochastic_below(self) -> None:
     below = self.stochastic_below
     _base.check_static(below, 'stochastic_below')
-    known = self.map not in ('log', 'dynamic') and self.rounding != 'nearest'
     if below is None:
       return
+    known = self.map not in ('log', 'dynamic') and self.rounding != 'nearest'
     if not _base.is_integer(below) or below < 1 or not known:
       raise ValueError(
         '`stochastic_below` must be a positive integer or None, and is for '
@@ -232,7 +232,7 @@ class BlockInt:
     return 2 ** (self.bits - 1) - 1 if in_order else 0
 
   def _lowest(self) -> int:
-    """What is stored for code 0: four bits are int4, which Orbax can save."""
+    """The stored number of code 0. Orbax can save int4, so 4 bits are int4."""
     symmetric = self.signed and not self._zero()
     return -8 if self.bits == 4 and not symmetric else 0
 

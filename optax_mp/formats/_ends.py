@@ -164,7 +164,7 @@ def both(
   size, marked = largest(x, over)
   limit = jnp.where(size <= HUGE, HUGE, LARGEST)
   inside = jnp.abs(x) <= jnp.expand_dims(limit, over.axes)
-  # Integers in the order of the numbers; the last one where there is none.
+  # Integers in the order of the numbers; the last one for values left out.
   words = _in_order(_words(x))
   low = _reductions.reduce(
     jnp.minimum, _ALL, jnp.where(inside, words, _ALL), over

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Any format, with what it loses kept in a second one."""
+"""Any format, with its rounding error kept in a second format."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -45,11 +45,11 @@ class ErrorFeedback:
     \mathrm{decode} = \mathrm{decode}_1(a) + \mathrm{decode}_2(e)
 
   where the errors of ``format`` are in proportion to values (``BlockInt`` with
-  map='log', ``Float8``), e is the error divided by the value: else the largest
-  values of a block would set the scale of its residuals.
+  map='log', ``Float8``), e is the error divided by the value.
+  Otherwise the largest values of a block would set the scale of its residuals.
 
-  What one step loses in ``format`` the next step gets back, up to what the
-  residual format loses itself.
+  The next step gets back the rounding error of ``format``, up to the rounding
+  error of the residual format.
 
   Args:
     format: the format of the value.
@@ -89,13 +89,13 @@ class ErrorFeedback:
       )
 
   def fit(self, x: chex.Array) -> Any:
-    """The scales of the value; None if its format has none."""
+    """The scales of the value; None for a format without scales."""
     return _fitted.fit(self.format, x)
 
   def encode(
     self, x: chex.Array, key: chex.PRNGKey | None = None, scales: Any = None
   ) -> Feedback:
-    """Stores ``x`` and what ``format`` loses of it."""
+    """Stores ``x`` and its rounding error."""
     own_key = None if key is None else _paths.leaf_key(key, (), 'residual')
     x = jnp.asarray(x, jnp.float32)
     value = _fitted.encode(self.format, x, key, scales)
@@ -115,7 +115,7 @@ class ErrorFeedback:
     wide = jax.ShapeDtypeStruct(like.shape, jnp.float32)
     value = self.format.decode(stored.value, wide)
     residual = self.residual.decode(stored.residual, wide)
-    # An infinity times 0 is none.
+    # An infinity times 0 would be NaN.
     residual = jnp.where(jnp.isfinite(value), residual, 1.0)
     both = value + (value * residual if self.relative else residual)
     if not self.signed:

@@ -42,7 +42,7 @@ class Factored:
   r"""Keeps the row and column means of an array that is not negative.
 
   **Stored:** ``Factors(row, column)``, 4 (R + C) bytes for R C values: next to
-  nothing. With r the means of the rows and c those of the columns,
+  nothing. With r the means of the rows and c the means of columns,
 
   .. math::
     \mathrm{decode}_{ij} = r_i c_j / \mathrm{mean}(r),
@@ -65,9 +65,9 @@ class Factored:
     >>> formats.bits_per_value(format, (4096, 4096))
     0.015625
 
-  **Caveats:** what is not of rank 1 is lost; for second moments only. Leading
-  axes are kept: a stack of layers has factors for each. Means are float32:
-  those of rows or columns are zero below 2^-126.
+  **Caveats:** only an array of rank 1 is kept exactly, so this format is for
+  second moments only. Leading axes are kept: a stack of layers has factors for
+  each. Means are float32: a mean of a row or a column below 2^-126 is zero.
 
   **Overflow:** infinities, NaNs and values above 2^96 beside smaller ones are
   left out of the means; a negative value counts as NaN. The means of their row
@@ -204,7 +204,7 @@ def _filling(own: jax.Array, across: jax.Array) -> jax.Array:
 
   Where a marked row crosses a marked column, ``decode`` does not know the
   values. If these counted as zeros, the marked rows would become smaller with
-  each store. Of the sum of all known values, let P lie in marked columns, Q in
+  each store. Let P be the share of all known values in marked columns, Q in
   marked rows, and N = 1 - P - Q in neither. In a matrix of rank 1 the lost
   values have P Q / N, so that the marked rows are (N + P) / N times as large.
 

@@ -109,9 +109,7 @@ class Float8:
     scales: Any = None,
   ) -> _block_int.Block:
     """Rounds ``x`` to codes; with scales of ``fit``, if there are any yet."""
-    noise = None
-    if self.rounding == 'stochastic':
-      noise = _base.check_key(key, self)
+    noise = None if self.rounding == 'nearest' else _base.check_key(key, self)
     x = jnp.asarray(x, jnp.float32)
     scales = self.fit(x) if scales is None else scales
     wide = self._groups(x.shape).expand(scales)
